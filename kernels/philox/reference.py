@@ -1,0 +1,80 @@
+"""Philox4x32-10 in plain PyTorch: the integers that every backend must reproduce bit for bit.
+
+Reference: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
+Shapes: N samples, E elements of one sample, B = ceil(E / 4) Philox blocks.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+NUM_ROUNDS = 10
+WORD_MASK = 0xFFFFFFFF
+LANES = 4
+
+
+class PhiloxKey(NamedTuple):
+    """Which random numbers: the 64-bit key, the draw number and one global sample index per row.
+
+    ``draw`` separates draws of one purpose from each other (a dropout layer, a sampler step).
+    ``index_N`` is int64 and lives on the device that draws; the other fields are Python integers, so a captured
+    CUDA graph sees new samples by new contents of ``index_N`` alone.
+    """
+
+    key: tuple[int, int]
+    index_N: Tensor
+    draw: int = 0
+
+    def at(self, draw: int) -> "PhiloxKey":
+        """The same samples and purpose with another draw number."""
+        return self._replace(draw=draw)
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten Philox rounds on four counter words, each an int64 tensor holding a 32-bit unsigned value.
+
+    round: (c0, c1, c2, c3) -> (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); k += W (mod 2^32).
+    SC 2011, section 3.3. int64 products wrap modulo 2^64, so their bit pattern is the exact unsigned product.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(NUM_ROUNDS):
+        p0, p1 = c0 * ROUND_MULTIPLIERS[0], c2 * ROUND_MULTIPLIERS[1]
+        c0, c1, c2, c3 = _high(p1) ^ c1 ^ k0, p1 & WORD_MASK, _high(p0) ^ c3 ^ k1, p0 & WORD_MASK
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & WORD_MASK, (k1 + KEY_INCREMENTS[1]) & WORD_MASK
+    return c0, c1, c2, c3
+
+
+def _high(product: Tensor) -> Tensor:
+    return (product >> 32) & WORD_MASK
+
+
+def random_bits(key: PhiloxKey, num_elements: int) -> Tensor:
+    """32 random bits for each of ``num_elements`` elements of each sample: int64 [N, E] in [0, 2^32).
+
+    Element e of the sample with global index i is lane e % 4 of philox(counter, key) with
+    counter = (e // 4, draw, i mod 2^32, i div 2^32).
+    """
+    index_N1 = key.index_N[:, None]
+    num_blocks = -(-num_elements // LANES)
+    block_1B = torch.arange(num_blocks, device=index_N1.device)[None, :]
+    shape = (index_N1.shape[0], num_blocks)
+    draw_11 = block_1B.new_full((1, 1), key.draw)
+    counter = (block_1B.expand(shape), draw_11.expand(shape), (index_N1 & WORD_MASK).expand(shape), _high(index_N1).expand(shape))
+    return torch.stack(philox4x32(counter, key.key), dim=-1).flatten(1)[:, :num_elements]
+
+
+def random_normal(key: PhiloxKey, num_elements: int) -> Tensor:
+    """Standard normal fp32 [N, E] by Box and Muller: lanes (2j, 2j+1) of one block give
+
+    n_2j = sqrt(-2 ln u) cos(2 pi v), n_2j+1 = sqrt(-2 ln u) sin(2 pi v), u = (b_2j + 1/2) / 2^32, v = b_2j+1 / 2^32.
+    u is never 0, so every value is finite; the largest magnitude is 6.77.
+    """
+    bits = random_bits(key, -(-num_elements // 2) * 2).to(torch.float32)
+    u, v = (bits[:, 0::2] + 0.5) * 2.0**-32, bits[:, 1::2] * 2.0**-32
+    radius, angle = (-2.0 * u.log()).sqrt(), v * (2.0 * math.pi)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :num_elements]
