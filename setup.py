@@ -40,7 +40,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={"fastcm": "fastcm", "fastcm.kernels": "kernels", "fastcm.configs": "configs"},
     package_data={"fastcm.configs": ["*.yaml"], "fastcm.train": ["*.html"]},

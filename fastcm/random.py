@@ -17,6 +17,11 @@ from fastcm.kernels.philox import PhiloxKey, random_bits, random_normal
 MAX_SEED = 2**32 - 1
 
 
+@torch.compiler.assume_constant_result
+def _purpose_word(purpose: str) -> int:
+    return zlib.crc32(purpose.encode())  # a graph takes it as a constant
+
+
 @dataclass(frozen=True)
 class Stream:
     """Random numbers for one purpose, keyed by Philox4x32-10 with key (seed, crc32(purpose)).
@@ -37,7 +42,7 @@ class Stream:
     @property
     def key(self) -> tuple[int, int]:
         """The two 32-bit words of the Philox key."""
-        return self.seed, zlib.crc32(self.purpose.encode())
+        return self.seed, _purpose_word(self.purpose)
 
     def at(self, index_N: Int64[Tensor, " N"], draw: int = 0) -> PhiloxKey:
         """The key that kernels take to draw for these samples themselves (dropout masks, noise)."""

@@ -64,7 +64,12 @@ def random_bits(key: PhiloxKey, num_elements: int) -> Tensor:
     block_1B = torch.arange(num_blocks, device=index_N1.device)[None, :]
     shape = (index_N1.shape[0], num_blocks)
     draw_11 = block_1B.new_full((1, 1), key.draw)
-    counter = (block_1B.expand(shape), draw_11.expand(shape), (index_N1 & WORD_MASK).expand(shape), _high(index_N1).expand(shape))
+    counter = (
+        block_1B.expand(shape),
+        draw_11.expand(shape),
+        (index_N1 & WORD_MASK).expand(shape),
+        _high(index_N1).expand(shape),
+    )
     return torch.stack(philox4x32(counter, key.key), dim=-1).flatten(1)[:, :num_elements]
 
 

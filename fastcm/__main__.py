@@ -1,0 +1,5 @@
+"""``python -m fastcm``."""
+
+from fastcm.cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""The command line: thin verbs, each of which calls one function.
+
+Exit codes: 0 done, 2 usage or configuration, 3 data or checkpoint, 75 interrupted and saved, 1 a crash.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from fastcm import __version__
+from fastcm.errors import FastcmError
+
+log = logging.getLogger("fastcm")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fastcm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Train and sample few-step image generators."""
+
+
+@cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; default runs/<config name>.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
+    """Train CONFIG, a shipped name or a YAML file; the same command resumes an interrupted run.
+
+    \b
+    fastcm train digits
+    fastcm train ect_cifar10_1hour data.path=cifar-10-binary.tar.gz phases.tune.init=edm.safetensors --out runs/ect
+    """
+    from fastcm.config import load_config
+
+    resolved = load_config(config, overrides)
+    if dry_run:
+        click.echo(f"# configuration hash {resolved.hash}\n{resolved.to_yaml()}", nl=False)
+        return
+    from fastcm.evaluate.digits import evaluate_path
+    from fastcm.train.build import select_device
+    from fastcm.train.report import write_report
+    from fastcm.train.trainer import train as run_training
+
+    run = run_training(resolved, out or Path("runs") / Path(config).stem)
+    if resolved.telemetry.evaluate:
+        _print_distances(evaluate_path(run.path, select_device(resolved.compute.device)))
+        write_report(run)
+    click.echo(f"pictures: {run.samples}\nreport:   {run.report}\nmodel:    {run.bundle}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--steps", default=0, help="Network evaluations of a consistency model, Heun steps of a diffusion model; default 2 or 18.")
+@click.option("--num", default=64, show_default=True, type=click.IntRange(1), help="Number of images.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Names the latents, at any batch size.")
+@click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="A .png grid, an .npz, or a folder.")
+@click.option("--label", type=click.IntRange(0), help="Class of every image; default all classes in turn.")
+@click.option("--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more.")
+@click.option("--ema", default="", help="Weight average to use, or 'net' for the raw weights; default the first average.")
+@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1))
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+def sample(model: Path, steps: int, num: int, seed: int, out: Path, label: int | None, mid_sigmas: tuple[float, ...], ema: str, batch_size: int, device: str) -> None:  # noqa: E501
+    """Draw images from MODEL, a bundle or a run folder."""
+    from fastcm.io.bundle import load
+    from fastcm.io.images import save_images
+    from fastcm.sampling.generate import sample as draw
+    from fastcm.sampling.generate import sample_labels
+    from fastcm.train.build import select_device
+
+    network = load(model, ema=ema, device=select_device(device))
+    labels = sample_labels(network, num, label)
+    images = draw(network, num, steps, seed, labels=labels, mid_sigmas=mid_sigmas or None, batch_size=batch_size)
+    save_images(out, images, labels)
+    click.echo(f"{num} images: {out}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+def evaluate(model: Path, seed: int, device: str) -> None:
+    """Measure Frechet distances of MODEL, a bundle or a run folder, to the real images (embedded digits only)."""
+    from fastcm.evaluate.digits import evaluate_path
+    from fastcm.train.build import select_device
+
+    _print_distances(evaluate_path(model, select_device(device), seed))
+
+
+@cli.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+def info(model: Path | None) -> None:
+    """Describe MODEL, or without one this installation: versions, devices, kernel backends, configurations."""
+    from fastcm.info import describe_installation, describe_model
+
+    click.echo(json.dumps(describe_model(model) if model else describe_installation(), indent=2))
+
+
+def _print_distances(distances: dict[str, float]) -> None:
+    click.echo("Frechet distance on digit-classifier features (898 images a set, lower is better)")
+    for name, value in distances.items():
+        click.echo(f"  {name:<24}{value:10.3f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a verb and end with the documented exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    try:
+        cli.main(arguments, prog_name="fastcm", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("fastcm: stopped", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        kind = "" if isinstance(error, FastcmError) else f"unexpected {type(error).__name__}: "
+        click.echo(f"fastcm: error: {kind}{error}", err=True)
+        sys.exit(error.exit_code if isinstance(error, FastcmError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Evaluation of the embedded default: Frechet distances on the features of a small digit classifier.
+
+The feature network is fitted in seconds with scikit-learn on the real digits themselves. The numbers rank models of
+this data set; they are not FID.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
+
+from fastcm.config import DataConfig
+from fastcm.data.dataset import ResidentDataset, load_resident
+from fastcm.data.sources import open_source
+from fastcm.errors import ConfigError
+from fastcm.evaluate.frechet import frechet_distance
+from fastcm.io.atomic import atomic_write
+from fastcm.io.bundle import MODEL_FILE, load, read_bundle, resolve_bundle
+from fastcm.io.images import to_uint8
+from fastcm.model import Model
+from fastcm.random import Stream
+from fastcm.sampling.generate import sample
+
+NUM_FEATURES = 64
+EVALUATION_FILE = "evaluation.json"
+HEUN_STEPS = 18  # 35 network evaluations
+
+
+class DigitFeatures:
+    """The hidden layer of a classifier with one hidden layer of 64 units, fitted on real images and labels."""
+
+    def __init__(self, images_NHWC: np.ndarray, labels_N: np.ndarray) -> None:
+        classifier = MLPClassifier((NUM_FEATURES,), alpha=1e-3, tol=1e-3, max_iter=200, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the features need no fully converged classifier
+            classifier.fit(_flatten(images_NHWC), labels_N)
+        self._weight, self._bias = classifier.coefs_[0], classifier.intercepts_[0]
+
+    def __call__(self, images_NHWC: np.ndarray) -> np.ndarray:
+        """Features [N, 64] of uint8 images."""
+        return np.maximum(_flatten(images_NHWC) @ self._weight + self._bias, 0.0)
+
+
+def _flatten(images_NHWC: np.ndarray) -> np.ndarray:
+    return images_NHWC.reshape(len(images_NHWC), -1) / 255.0
+
+
+class DigitEvaluator:
+    """Distances of sample sets to the real digits; every value compares two sets of 898 images."""
+
+    def __init__(self, dataset: ResidentDataset) -> None:
+        if dataset.labels is None or dataset.image_shape != (1, 8, 8):
+            raise ConfigError(f"{dataset.name}: only the embedded digits have a built-in feature network to evaluate with")
+        images, labels = dataset.images.cpu().numpy(), dataset.labels.cpu().numpy()
+        self.features = DigitFeatures(images, labels)
+        self.num = len(images) // 2
+        order = Stream(0, "evaluation halves").bits(torch.arange(len(images))).argsort(stable=True).numpy()
+        self.halves = [self.features(images[order[: self.num]]), self.features(images[order[self.num : 2 * self.num]])]
+
+    def references(self) -> dict[str, float]:
+        """What a perfect and what an untrained generator would get: half against half, and noise against real."""
+        noise = Stream(0, "evaluation noise").image_normal(torch.arange(self.num), (1, 8, 8)) * 0.5
+        return {"real against real": frechet_distance(*self.halves), "untrained noise": self.distance(to_uint8(noise))}
+
+    def distance(self, images_NHWC: np.ndarray) -> float:
+        """Mean distance of ``num`` uint8 images to the two halves of the real ones."""
+        features = self.features(images_NHWC)
+        return float(np.mean([frechet_distance(features, half) for half in self.halves]))
+
+    def model_distances(self, model: Model, seed: int = 0) -> dict[str, float]:
+        """35-evaluation Heun for a diffusion model, 1 and 2 steps for a consistency model."""
+        if model.sampling.sampler == "heun":
+            names = {f"{2 * HEUN_STEPS - 1}-evaluation Heun": HEUN_STEPS}
+        else:
+            names = {"1 step": 1, "2 steps": 2}
+        return {name: self.distance(to_uint8(sample(model, self.num, steps, seed))) for name, steps in names.items()}
+
+
+def evaluate_path(path: Path, device: torch.device, seed: int = 0) -> dict[str, float]:
+    """Distances of the reference sets, and of a bundle or of every finished phase of a run folder.
+
+    For a run folder the result is also written to its ``evaluation.json``. Raises ConfigError for models that were not
+    trained on the digits, CheckpointError for files that are missing or damaged.
+    """
+    phases = [file for file in path.glob("*.safetensors") if file.name != MODEL_FILE] if path.is_dir() else []
+    bundles = sorted(phases, key=lambda file: file.stat().st_mtime) or [resolve_bundle(path)]
+    for bundle in bundles:
+        kind = read_bundle(bundle)[1].trained.get("data")
+        if kind != DataConfig().kind:
+            raise ConfigError(f"{bundle} was trained on '{kind}': only the embedded digits have a built-in feature network")
+    evaluator = DigitEvaluator(load_resident(open_source("digits", "")))
+    distances = evaluator.references()
+    for bundle in bundles:
+        distances |= evaluator.model_distances(load(bundle, device=device), seed)
+    if path.is_dir():
+        atomic_write(path / EVALUATION_FILE, json.dumps(distances, indent=1))
+    return distances

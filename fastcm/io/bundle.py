@@ -1,0 +1,98 @@
+"""Bundles: one safetensors file with a network, its weight averages and all that is needed to run it.
+
+Tensors are ``net/<parameter>`` and ``ema/<average>/<parameter>``; the header is a ``BundleHeader`` as JSON.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from fastcm.config import NetworkConfig
+from fastcm.diffusion.preconditioners import PRECONDITIONERS
+from fastcm.errors import CheckpointError
+from fastcm.io.tensors import copy_into, read_tensors, write_tensors
+from fastcm.model import Model, SamplingDefaults
+from fastcm.nn.build import build_network
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class BundleHeader:
+    """What a bundle says of itself."""
+
+    network: dict[str, Any]  # a NetworkConfig
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    label_dim: int
+    augment_dim: int
+    preconditioner: dict[str, Any]  # {"kind": a name in PRECONDITIONERS, and its arguments}
+    sampling: SamplingDefaults
+    emas: tuple[str, ...]  # the first one is the default
+    trained: dict[str, Any]  # phase, images, configuration hash, data fingerprint
+    format: int = FORMAT
+
+    def after(self, images: int) -> "BundleHeader":
+        """The same header for the state after ``images`` images of its phase."""
+        return replace(self, trained={**self.trained, "images": images})
+
+
+def save_bundle(path: Path, header: BundleHeader, net: Mapping[str, Tensor], emas: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a bundle atomically; an existing file is replaced only when the new one is complete."""
+    tensors = {f"net/{name}": value for name, value in net.items()}
+    for ema, averages in emas.items():
+        tensors |= {f"ema/{ema}/{name}": value for name, value in averages.items()}
+    write_tensors(path, tensors, asdict(header))
+
+
+def read_bundle(path: Path) -> tuple[dict[str, Tensor], BundleHeader]:
+    """Tensors and header of a bundle; raises CheckpointError where the file is damaged or of another format."""
+    tensors, header = read_tensors(path)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: bundle format {header.get('format')!r}, this version of fastcm reads format {FORMAT}")
+    try:
+        return tensors, TypeAdapter(BundleHeader).validate_python(header)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: damaged header: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+
+
+def resolve_bundle(path: Path) -> Path:
+    """The bundle meant by a path: the file itself, or the ``model.safetensors`` of a run folder."""
+    if path.is_dir() and not (path / MODEL_FILE).is_file():
+        raise CheckpointError(f"{path}: no {MODEL_FILE} in this folder; has the run reached its first snapshot?")
+    return path / MODEL_FILE if path.is_dir() else path
+
+
+def load(path: str | Path, *, ema: str = "", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Load a model from a bundle or a run folder, ready to be called as ``model(x, sigma) -> denoised``.
+
+    Arguments: ema, the name of a weight average, "net" for the raw weights, "" for the bundle's first average; dtype,
+    the precision of the network's torso. Raises CheckpointError naming the file and what is wrong with it.
+    """
+    file = resolve_bundle(Path(path))
+    tensors, header = read_bundle(file)
+    model = model_from_header(header, dtype=dtype, origin=file)
+    name = ema or header.emas[0]
+    if name not in (*header.emas, "net"):
+        raise CheckpointError(f"{file}: no weight average '{name}'; it has {', '.join(header.emas)} and net")
+    copy_into(model.net.state_dict(), tensors, "net/", file)
+    if name != "net":
+        copy_into(dict(model.net.named_parameters()), tensors, f"ema/{name}/", file)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def model_from_header(header: BundleHeader, *, dtype: torch.dtype = torch.float32, origin: Path) -> Model:
+    """A model of the architecture that a header describes, weights not filled in yet."""
+    try:
+        network = NetworkConfig.model_validate(header.network)
+        arguments = dict(header.preconditioner)
+        precond = PRECONDITIONERS[arguments.pop("kind")](**arguments)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{origin}: damaged header: {' '.join(str(error).split())}") from None
+    net = build_network(network, header.image_shape, header.label_dim, header.augment_dim)
+    return Model(net, precond, header.image_shape, label_dim=header.label_dim, dtype=dtype, sampling=header.sampling)

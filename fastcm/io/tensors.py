@@ -1,0 +1,61 @@
+"""safetensors files with a JSON header, read back with errors that name the file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastcm.errors import CheckpointError
+from fastcm.io.atomic import atomic_path
+
+HEADER_KEY = "fastcm"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header atomically; conv weights are stored in the usual (row-major) order."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata={HEADER_KEY: json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors (on the CPU) and the header of a file written by ``write_tensors``.
+
+    Raises CheckpointError for a missing, truncated or foreign file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or cut short, or not a safetensors file: {error}") from None
+    except (KeyError, json.JSONDecodeError):
+        raise CheckpointError(f"{path}: a safetensors file, but not one that fastcm wrote (no '{HEADER_KEY}' header)") from None
+
+
+@torch.no_grad()
+def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str, origin: Path) -> None:
+    """Copy ``tensors[prefix + name]`` into every target; keys and shapes must match exactly.
+
+    Raises CheckpointError naming the first missing, extra or wrongly shaped key.
+    """
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    for name in targets.keys() ^ found.keys():
+        state = "missing" if name in targets else "not part of this network"
+        raise CheckpointError(f"{origin}: '{prefix}{name}' is {state}; the file belongs to another architecture")
+    for name, target in targets.items():
+        if target.shape != found[name].shape:
+            shapes = f"{tuple(found[name].shape)}, this network needs {tuple(target.shape)}"
+            raise CheckpointError(f"{origin}: '{prefix}{name}' has shape {shapes}; the file belongs to another architecture")
+    for name, target in targets.items():
+        target.copy_(found[name])

@@ -1,0 +1,97 @@
+"""The residual block of EDM's U-Nets (arXiv 2206.00364, Appendix F.2) with optional resampling and self-attention."""
+
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastcm import ops
+from fastcm.kernels.philox import PhiloxKey
+from fastcm.nn.families import Family
+from fastcm.nn.init import ZEROS
+from fastcm.nn.layers import Conv, GroupNorm, Linear, Resample
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass is told: embeddings of the condition (and second time), key for dropout."""
+
+    emb_NE: Tensor
+    second_NE: Tensor | None = None
+    dropout: PhiloxKey | None = None
+
+
+class Block(nn.Module):
+    """Residual block, then self-attention where ``attention``.
+
+    h = conv1(dropout(silu(mod(norm1(conv0(silu(norm0(x)))))));  x <- (h + skip(x)) s;  x <- (proj(att(qkv(norm2(x)))) + x) s
+
+    mod adds affine(emb) before the norm, or scales by 1 + its first half and shifts by its second half after it
+    (``family.adaptive_scale``); s = ``family.skip_scale``. ``resample`` changes the resolution in conv0 and in the
+    shortcut. ``dropout_site`` numbers this block among the users of one dropout key. With ``second_time`` there is an
+    affine_s, zero at first, whose output of the second embedding is added to that of affine.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        family: Family,
+        *,
+        dropout: float = 0.0,
+        resample: Literal["up", "down"] | None = None,
+        attention: bool = False,
+        second_time: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.dropout, self.dropout_site = dropout, 0
+        self.adaptive_scale, self.skip_scale = family.adaptive_scale, family.skip_scale
+        self.num_heads = family.num_heads(out_channels) if attention else 0
+
+        init, eps = family.init, family.eps
+        scaling = None if resample is None else Resample(family.resample_filter, up=resample == "up")
+        affine_channels = out_channels * (2 if family.adaptive_scale else 1)
+        self.norm0 = GroupNorm(in_channels, eps)
+        self.conv0 = Conv(in_channels, out_channels, 3, init.layer, scaling)
+        self.affine = Linear(emb_channels, affine_channels, init.layer)
+        self.affine_s = Linear(emb_channels, affine_channels, ZEROS) if second_time else None
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.conv1 = Conv(out_channels, out_channels, 3, init.output)
+
+        self.skip = scaling
+        if in_channels != out_channels or (scaling is not None and family.resample_proj):
+            self.skip = Conv(in_channels, out_channels, 1, init.layer, scaling)
+
+        if self.num_heads:
+            if out_channels % self.num_heads:
+                raise ValueError(f"{out_channels} channels do not divide into {self.num_heads} attention heads")
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = Conv(out_channels, 3 * out_channels, 1, init.qkv)
+            self.proj = Conv(out_channels, out_channels, 1, init.output)
+
+    def forward(self, x_NCHW: Float[Tensor, "N C H W"], context: Context) -> Float[Tensor, "N C2 H2 W2"]:
+        """[N, in_channels, H, W] to [N, out_channels, H', W'] in the dtype of x."""
+        key = None if context.dropout is None else context.dropout.at(self.dropout_site)
+        h = self.conv0(self.norm0(x_NCHW, silu=True))
+        h = self.norm1(h, silu=True, dropout=self.dropout, dropout_key=key, **self._modulation(context))
+        h = self.conv1(h) + (x_NCHW if self.skip is None else self.skip(x_NCHW))
+        return self._attend(self._scale(h))
+
+    def _modulation(self, context: Context) -> dict[str, Tensor]:
+        affine = self.affine(context.emb_NE)
+        if self.affine_s is not None:
+            affine = affine + self.affine_s(context.second_NE)
+        if not self.adaptive_scale:
+            return {"addend_NC": affine}
+        scale_NC, shift_NC = affine.chunk(2, dim=1)
+        return {"scale_NC": scale_NC, "shift_NC": shift_NC}
+
+    def _attend(self, x_NCHW: Tensor) -> Tensor:
+        if not self.num_heads:
+            return x_NCHW
+        attended = ops.attention(self.qkv(self.norm2(x_NCHW)), self.num_heads)
+        return self._scale(self.proj(attended) + x_NCHW)
+
+    def _scale(self, x_NCHW: Tensor) -> Tensor:
+        return x_NCHW if self.skip_scale == 1 else x_NCHW * self.skip_scale

@@ -1,0 +1,307 @@
+"""The U-Net of EDM in one class: DDPM++, NCSN++ and ADM are values of ``Family`` (arXiv 2206.00364, Appendix F.2)."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastcm.kernels.philox import PhiloxKey
+from fastcm.nn.blocks import Block, Context
+from fastcm.nn.embeddings import FourierEmbedding, PositionalEmbedding
+from fastcm.nn.families import FAMILIES, Family
+from fastcm.nn.layers import Conv, ConvThenDown, GroupNorm, Linear, Resample, init_weights
+
+
+class UNet(nn.Module):
+    """The raw network F(x, c_noise, labels, augment) of arXiv 2206.00364, Eq. 7, of any family, resolution and width.
+
+    family: a name in ``FAMILIES`` or a ``Family``. channel_mult: width of each resolution level in units of
+    model_channels; each level halves the resolution. attn_resolutions: where blocks have self-attention (the two blocks
+    at the bottom have one in any case). dropout: probability at the one site of each block, applied only when forward
+    gets a key. label_dim, augment_dim: widths of the conditions, 0 for none. fourier_scale overrides the family's.
+    second_time adds a second noise level (arXiv 2310.02279: jump from t to s) that has no effect before training.
+
+    Parameter names are those of the official EDM networks. Parameters are fp32 and NaN until ``init_weights`` or
+    ``load_state_dict``. The torso computes in the dtype of x, the embedding in that of the parameters.
+    Raises ValueError for sizes that cannot work.
+    """
+
+    def __init__(
+        self,
+        family: Family | str,
+        img_resolution: int,
+        img_channels: int,
+        *,
+        out_channels: int | None = None,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.0,
+        fourier_scale: float | None = None,
+        second_time: bool = False,
+    ) -> None:
+        super().__init__()
+        self.family = _family(family)
+        self.resolutions = _resolutions(img_resolution, len(channel_mult))
+        if model_channels % 2:
+            raise ValueError(f"model_channels is {model_channels}, but the noise embedding needs an even number")
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.out_channels = img_channels if out_channels is None else out_channels
+        self.label_dim, self.augment_dim, self.num_blocks = label_dim, augment_dim, num_blocks
+        self.attn_resolutions, self.dropout, self.second_time = frozenset(attn_resolutions), dropout, second_time
+        self.emb_channels = model_channels * channel_mult_emb
+
+        self._build_embedding(model_channels * self.family.channel_mult_noise, fourier_scale)
+        widths = [model_channels * mult for mult in channel_mult]
+        skip_widths = self._build_encoder(widths, widths[0] if self.family.stem_mult else model_channels)
+        self._build_decoder(widths, skip_widths)
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for site, block in enumerate(blocks):
+            block.dropout_site = site
+
+    def init_weights(self, seed: int) -> "UNet":
+        """Draw all weights from Stream(seed, "init/<parameter name>") and return the network itself.
+
+        Each parameter's values depend on the seed, its name and its shape only, not on the device or on other layers.
+        """
+        init_weights(self, seed)
+        return self
+
+    def forward(
+        self,
+        x_NCHW: Float[Tensor, "N C H W"],
+        c_noise_N: Float[Tensor, " N"],
+        second_N: Float[Tensor, " N"] | None = None,
+        labels: Float[Tensor, "N L"] | None = None,
+        augment: Float[Tensor, "N A"] | None = None,
+        dropout: PhiloxKey | None = None,
+    ) -> Float[Tensor, "N C2 H W"]:
+        """F(x; c_noise): [N, out_channels, H, W], channels_last, in the dtype of x.
+
+        c_noise_N, second_N: noise conditions as the preconditioner gives them (second_N when and only when the network
+        has ``second_time``). labels: one-hot rows [N, label_dim], None for rows of zeros (no class). augment:
+        [N, augment_dim], None for images that were not augmented. dropout: key of the masks, None for no dropout.
+        Raises ValueError for arguments this network was not built for.
+        """
+        self._check(x_NCHW, second_N, labels, augment)
+        context = Context(*self.embed(c_noise_N, second_N, labels, augment), dropout)
+        x_NCHW, skips = self._encode(x_NCHW.contiguous(memory_format=torch.channels_last), context)
+        return self._decode(x_NCHW, skips, context)
+
+    def embed(
+        self,
+        c_noise_N: Float[Tensor, " N"],
+        second_N: Float[Tensor, " N"] | None = None,
+        labels: Float[Tensor, "N L"] | None = None,
+        augment: Float[Tensor, "N A"] | None = None,
+    ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
+        """What the blocks see of the condition, [N, E], and of the second time (None without one)."""
+        dtype = self.map_layer0.weight.dtype
+        label_NE = self._embed_labels(labels, len(c_noise_N), c_noise_N.device)
+        before, after = (label_NE, None) if self.family.labels == "before_mlp" else (None, label_NE)
+        noise = _plus(self.map_noise(c_noise_N.to(dtype)), before)
+        if augment is not None:
+            noise = noise + self.map_augment(augment.to(dtype))
+        emb_NE = F.silu(_plus(self.map_layer1(F.silu(self.map_layer0(noise))), after))
+        if second_N is None:
+            return emb_NE, None
+        second = _plus(self.map_noise(second_N.to(dtype)), before)
+        return emb_NE, F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(second))))
+
+    def _embed_labels(self, labels: Tensor | None, num: int, device: torch.device) -> Tensor | None:
+        """What class labels add before or after the MLP; None in a network without labels."""
+        if not self.label_dim:
+            return None
+        dtype = self.map_label.weight.dtype
+        rows = torch.zeros(num, self.label_dim, dtype=dtype, device=device) if labels is None else labels.to(dtype)
+        return self.map_label(rows * math.sqrt(self.label_dim) if self.family.labels == "before_mlp" else rows)
+
+    def _encode(self, x_NCHW: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
+        """From full to lowest resolution; the second result is what the decoder reads, in the order of making."""
+        image_NCHW = x_NCHW
+        x_NCHW = self.enc[_name(self.resolutions[0], "conv")](x_NCHW)
+        skips = [x_NCHW]
+        for resolution in self.resolutions:
+            if resolution != self.resolutions[0]:
+                x_NCHW = self.enc[_name(resolution, "down")](x_NCHW, context)
+                x_NCHW, image_NCHW = self._merge_image(resolution, x_NCHW, image_NCHW)
+                skips.append(x_NCHW)
+            for index in range(self.num_blocks):
+                x_NCHW = self.enc[_name(resolution, f"block{index}")](x_NCHW, context)
+                skips.append(x_NCHW)
+        return x_NCHW, skips
+
+    def _merge_image(self, resolution: int, x_NCHW: Tensor, image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring the pyramid beside the encoder down to this resolution and add it to the features."""
+        if self.family.encoder == "skip":
+            image_NCHW = self.enc[_name(resolution, "aux_down")](image_NCHW)
+            return x_NCHW + self.enc[_name(resolution, "aux_skip")](image_NCHW), image_NCHW
+        if self.family.encoder == "residual":
+            x_NCHW = (x_NCHW + self.enc[_name(resolution, "aux_residual")](image_NCHW)) * math.sqrt(0.5)
+            return x_NCHW, x_NCHW
+        return x_NCHW, image_NCHW
+
+    def _decode(self, x_NCHW: Tensor, skips: list[Tensor], context: Context) -> Tensor:
+        """From lowest to full resolution, then to the image."""
+        image_NCHW = None
+        for resolution in reversed(self.resolutions):
+            entry = ("in0", "in1") if resolution == self.resolutions[-1] else ("up",)
+            for kind in entry:
+                x_NCHW = self.dec[_name(resolution, kind)](x_NCHW, context)
+            for index in range(self.num_blocks + 1):
+                x_NCHW = torch.cat([x_NCHW, skips.pop()], dim=1)
+                x_NCHW = self.dec[_name(resolution, f"block{index}")](x_NCHW, context)
+            if _name(resolution, "aux_conv") in self.dec:
+                image_NCHW = self._add_image(resolution, x_NCHW, image_NCHW)
+        return self.out_conv(self.out_norm(x_NCHW, silu=True)) if image_NCHW is None else image_NCHW
+
+    def _add_image(self, resolution: int, x_NCHW: Tensor, image_NCHW: Tensor | None) -> Tensor:
+        """This level's contribution to the output plus what the levels below gave."""
+        normed_NCHW = self.dec[_name(resolution, "aux_norm")](x_NCHW, silu=True)
+        part_NCHW = self.dec[_name(resolution, "aux_conv")](normed_NCHW)
+        return part_NCHW if image_NCHW is None else part_NCHW + self.dec[_name(resolution, "aux_up")](image_NCHW)
+
+    def _build_embedding(self, noise_channels: int, fourier_scale: float | None) -> None:
+        family, init, emb_channels = self.family, self.family.init, self.emb_channels
+        if family.embedding == "positional":
+            self.map_noise = PositionalEmbedding(noise_channels, family.endpoint, family.sin_first)
+        else:
+            scale = family.fourier_scale if fourier_scale is None else fourier_scale
+            self.map_noise = FourierEmbedding(noise_channels, scale, family.sin_first)
+        if self.label_dim:
+            width = noise_channels if family.labels == "before_mlp" else emb_channels
+            has_bias = family.labels == "before_mlp"
+            self.map_label = Linear(self.label_dim, width, family.label_init(self.label_dim), bias=has_bias)
+        if self.augment_dim:
+            self.map_augment = Linear(self.augment_dim, noise_channels, init.augment, bias=False)
+        self.map_layer0 = Linear(noise_channels, emb_channels, init.layer)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init.layer)
+        if self.second_time:
+            self.map_layer0_s = Linear(noise_channels, emb_channels, init.layer)
+            self.map_layer1_s = Linear(emb_channels, emb_channels, init.layer)
+
+    def _build_encoder(self, widths: list[int], stem_width: int) -> list[int]:
+        """Fill ``enc`` and return the widths of what the decoder reads, in the order of making."""
+        self.enc = nn.ModuleDict()
+        self.enc[_name(self.resolutions[0], "conv")] = Conv(self.img_channels, stem_width, 3, self.family.init.layer)
+        image_width, skip_widths = self.img_channels, [stem_width]
+        for resolution, width in zip(self.resolutions, widths, strict=True):
+            before = skip_widths[-1]
+            if resolution != self.resolutions[0]:
+                self.enc[_name(resolution, "down")] = self._block(before, before, resample="down")
+                image_width = self._build_merge(resolution, image_width, before)
+                skip_widths.append(before)
+            for index in range(self.num_blocks):
+                attention = resolution in self.attn_resolutions
+                self.enc[_name(resolution, f"block{index}")] = self._block(skip_widths[-1], width, attention=attention)
+                skip_widths.append(width)
+        return skip_widths
+
+    def _build_merge(self, resolution: int, image_width: int, width: int) -> int:
+        """The layers of ``_merge_image`` for one level; returns the width of the pyramid after it."""
+        init, down = self.family.init.layer, Resample(self.family.resample_filter, up=False)
+        if self.family.encoder == "skip":
+            self.enc[_name(resolution, "aux_down")] = down
+            self.enc[_name(resolution, "aux_skip")] = Conv(image_width, width, 1, init)
+        if self.family.encoder == "residual":
+            self.enc[_name(resolution, "aux_residual")] = ConvThenDown(image_width, width, 3, init, down)
+            return width
+        return image_width
+
+    def _build_decoder(self, widths: list[int], skip_widths: list[int]) -> None:
+        """Fill ``dec`` and, where the family has one, the output head after it."""
+        self.dec = nn.ModuleDict()
+        before = skip_widths[-1]
+        for resolution, width in reversed(list(zip(self.resolutions, widths, strict=True))):
+            if resolution == self.resolutions[-1]:
+                self.dec[_name(resolution, "in0")] = self._block(before, before, attention=True)
+                self.dec[_name(resolution, "in1")] = self._block(before, before)
+            else:
+                self.dec[_name(resolution, "up")] = self._block(before, before, resample="up")
+            for index in range(self.num_blocks + 1):
+                attention = resolution in self.attn_resolutions and (
+                    self.family.decoder_attention == "all" or index == self.num_blocks
+                )
+                block = self._block(before + skip_widths.pop(), width, attention=attention)
+                self.dec[_name(resolution, f"block{index}")] = block
+                before = width
+            self._build_image_head(resolution, width)
+
+    def _build_image_head(self, resolution: int, width: int) -> None:
+        """The layers of ``_add_image`` for one level, or those of the output after the last one."""
+        norm, conv = GroupNorm(width, self.family.eps), Conv(width, self.out_channels, 3, self.family.init.output)
+        is_last = resolution == self.resolutions[0]
+        if self.family.head == "out":
+            if is_last:
+                self.out_norm, self.out_conv = norm, conv
+            return
+        if is_last or self.family.decoder == "skip":
+            self.dec[_name(resolution, "aux_norm")], self.dec[_name(resolution, "aux_conv")] = norm, conv
+        if self.family.decoder == "skip" and resolution != self.resolutions[-1]:
+            self.dec[_name(resolution, "aux_up")] = Resample(self.family.resample_filter, up=True)
+
+    def _block(
+        self, in_channels: int, out_channels: int, *, resample: Literal["up", "down"] | None = None, attention: bool = False
+    ) -> Block:
+        return Block(
+            in_channels,
+            out_channels,
+            self.emb_channels,
+            self.family,
+            dropout=self.dropout,
+            resample=resample,
+            attention=attention,
+            second_time=self.second_time,
+        )
+
+    def _check(self, x_NCHW: Tensor, second_N: Tensor | None, labels: Tensor | None, augment: Tensor | None) -> None:
+        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        if x_NCHW.ndim != 4 or tuple(x_NCHW.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(x_NCHW.shape)}, but this network takes [N, {', '.join(map(str, expected))}]"
+            )
+        _check_condition("labels", labels, self.label_dim, len(x_NCHW))
+        _check_condition("augment", augment, self.augment_dim, len(x_NCHW))
+        if (second_N is not None) != self.second_time:
+            given, needed = ("is missing", "needs") if self.second_time else ("was given", "has no")
+            raise ValueError(f"second_N {given}, but this network {needed} a second time (second_time={self.second_time})")
+
+
+def _plus(x: Tensor, term: Tensor | None) -> Tensor:
+    return x if term is None else x + term
+
+
+def _check_condition(name: str, value: Tensor | None, dim: int, num: int) -> None:
+    if value is None:
+        return
+    if not dim:
+        raise ValueError(f"{name} were given, but this network was built without them ({name.removesuffix('s')}_dim=0)")
+    if tuple(value.shape) != (num, dim):
+        raise ValueError(f"{name} have shape {tuple(value.shape)}, but this network takes rows of {dim} for {num} images")
+
+
+def _family(family: Family | str) -> Family:
+    if isinstance(family, Family):
+        return family
+    if family not in FAMILIES:
+        raise ValueError(f"there is no network family {family!r}; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[family]
+
+
+def _resolutions(img_resolution: int, num_levels: int) -> list[int]:
+    """Resolution of each level; each must be half of the one above."""
+    if num_levels < 1 or img_resolution % 2 ** (num_levels - 1):
+        raise ValueError(f"resolution {img_resolution} cannot be halved for {num_levels} levels (channel_mult)")
+    return [img_resolution >> level for level in range(num_levels)]
+
+
+def _name(resolution: int, kind: str) -> str:
+    return f"{resolution}x{resolution}_{kind}"

@@ -1,0 +1,101 @@
+"""Denoising score matching with the noise distributions, weights and preconditioners of EDM, VP and VE."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fastcm import ops
+from fastcm.diffusion.noise_distributions import LogNormalNoise, NoiseDistribution, VENoise, VPNoise
+from fastcm.diffusion.preconditioners import EDM, VE, VP, Preconditioner
+from fastcm.errors import ConfigError
+from fastcm.kernels.philox import PhiloxKey
+from fastcm.model import Model
+from fastcm.objectives.base import LossTerms, TrainingBatch, draw_noise, dropout_key
+from fastcm.random import Stream
+
+VARIANTS = ("edm", "vp", "ve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMObjective:
+    """Diffusion training: loss = lambda(sigma) ||D(y + sigma n; sigma) - y||^2; arXiv 2206.00364, Eq. 2 and Table 1.
+
+    variant: "edm", "vp" or "ve" chooses noise distribution, lambda and preconditioner together. p_mean, p_std,
+    sigma_data: constants of "edm". beta_d, beta_min, epsilon_t: of "vp". sigma_min, sigma_max: of "ve".
+    Raises ConfigError for an unknown variant.
+    """
+
+    variant: Literal["edm", "vp", "ve"] = "edm"
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    epsilon_t: float = 1e-5
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant!r}")
+
+    @property
+    def noise(self) -> NoiseDistribution:
+        """How noise levels are drawn and weighted."""
+        if self.variant == "vp":
+            return VPNoise(self.beta_d, self.beta_min, self.epsilon_t)
+        if self.variant == "ve":
+            return VENoise(self.sigma_min, self.sigma_max)
+        return LogNormalNoise(self.p_mean, self.p_std, self.sigma_data)
+
+    @property
+    def precond(self) -> Preconditioner:
+        """The preconditioner to train with."""
+        if self.variant == "vp":
+            return VP(self.beta_d, self.beta_min, epsilon_t=self.epsilon_t)
+        return VE(self.sigma_min, self.sigma_max) if self.variant == "ve" else EDM(self.sigma_data)
+
+    @property
+    def sampling_precond(self) -> Preconditioner:
+        """The preconditioner to sample with: the same."""
+        return self.precond
+
+    def schedule(self, images: int) -> dict[str, float]:
+        """Nothing changes with the number of images seen."""
+        return {}
+
+    def loss(self, model: Model, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
+        """The loss of each image, noise level and noise drawn from the streams "sigma" and "noise"."""
+        noise, stream = self.noise, Stream(seed, "sigma")
+        draw_N = stream.normal(batch.index) if noise.draw == "normal" else stream.uniform(batch.index)
+        return self.loss_at(model, batch, noise.sigma(draw_N), draw_noise(batch, seed), dropout_key(batch, seed))
+
+    def loss_at(
+        self,
+        model: Model,
+        batch: TrainingBatch,
+        sigma_N: Float[Tensor, " N"],
+        noise_NCHW: Float[Tensor, "N C H W"],
+        dropout: PhiloxKey | None = None,
+    ) -> LossTerms:
+        """The loss of each image at given noise levels and unit normal noise."""
+        x_NCHW = batch.images + sigma_N[:, None, None, None] * noise_NCHW
+        scalings = self.precond.scalings(sigma_N)
+        F_NCHW = model.raw(x_NCHW, sigma_N, batch.labels, batch.augment, dropout, scalings)
+        weight_N = self.noise.weight(sigma_N)
+        loss_N = ops.consistency_loss(
+            F_NCHW, x_NCHW, scalings.c_skip, scalings.c_out, batch.images, weight_N, distance="squared"
+        )
+        return LossTerms(loss_N, sigma_N, {})
+
+
+def weighted_error(
+    D_NCHW: Float[Tensor, "N C H W"], clean_NCHW: Float[Tensor, "N C H W"], weight_N: Float[Tensor, " N"]
+) -> Float[Tensor, "N C H W"]:
+    """The squared error of each element, weighted: lambda (D - y)^2, whose sum over an image is its loss.
+
+    arXiv 2206.00364, Eq. 2.
+    """
+    return weight_N[:, None, None, None] * (D_NCHW - clean_NCHW) ** 2

@@ -1,0 +1,65 @@
+"""EDM's samplers: Heun's method, deterministic or with churn (arXiv 2206.00364, Algorithms 1 and 2)."""
+
+import math
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from fastcm.sampling.common import Callback, Denoiser, NoiseSource, denoise, report, round_sigmas, start
+
+MAX_CHURN = math.sqrt(2) - 1
+
+
+@torch.no_grad()
+def sample_heun(
+    model: Denoiser,
+    x: Float[Tensor, "N C H W"],
+    sigmas: Float[Tensor, " S1"],
+    *,
+    labels: Tensor | None = None,
+    noise: NoiseSource | None = None,
+    callback: Callback | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Float64[Tensor, "N C H W"]:
+    """Walk down the noise levels by Heun's second-order method: 2 S - 1 network evaluations for S levels above 0.
+
+    Each step raises sigma_i to sigma_hat = sigma_i (1 + gamma) with noise of standard deviation s_noise, then solves
+    dx / dsigma = (x - D(x; sigma)) / sigma to sigma_(i+1); gamma = min(s_churn / S, sqrt(2) - 1) for sigma_i in
+    [s_tmin, s_tmax], else 0. arXiv 2206.00364, Algorithm 2 (Algorithm 1 at s_churn = 0).
+
+    x: unit normal noise times sigmas[0]. sigmas: descending, the last one 0. noise: needed for s_churn > 0.
+    Raises ConfigError for a grid or noise that is missing.
+    """
+    x, sigmas = start(x, sigmas, noise, needs_noise=s_churn > 0)
+    sigmas = round_sigmas(model, sigmas)
+    num_steps = len(sigmas) - 1
+    for i in range(num_steps):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        gamma = churn(sigma, num_steps, s_churn, s_tmin, s_tmax)
+        sigma_hat = round_sigmas(model, sigma * (1 + gamma))
+        if s_churn > 0:
+            x = x + added_deviation(sigma, sigma_hat) * s_noise * noise(i).double()
+        denoised = denoise(model, x, sigma_hat, labels)
+        report(callback, i, x, sigma, sigma_hat, denoised)
+        slope = (x - denoised) / sigma_hat
+        x_next = x + (sigma_next - sigma_hat) * slope
+        if i < num_steps - 1:
+            slope_next = (x_next - denoise(model, x_next, sigma_next, labels)) / sigma_next
+            x_next = x + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+def churn(sigma: Float64[Tensor, ""], num_steps: int, s_churn: float, s_tmin: float, s_tmax: float) -> Float64[Tensor, ""]:
+    """gamma_i, the relative rise of the noise level before a step, chosen on the device; arXiv 2206.00364, Algorithm 2."""
+    gamma = min(s_churn / num_steps, MAX_CHURN)
+    return gamma * ((sigma >= s_tmin) & (sigma <= s_tmax)).to(sigma.dtype)
+
+
+def added_deviation(sigma: Float64[Tensor, ""], sigma_hat: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
+    """sqrt(sigma_hat^2 - sigma^2), 0 where rounding brought sigma_hat below sigma."""
+    return (sigma_hat**2 - sigma**2).clamp(min=0).sqrt()

@@ -1,0 +1,111 @@
+"""Images from a model, a seed and a number of steps: the same images in batches of any size."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor
+
+from fastcm.diffusion.noise_schedules import karras_sigmas
+from fastcm.errors import ConfigError
+from fastcm.model import Model
+from fastcm.random import Stream
+from fastcm.sampling.common import NoiseSource, clip_range, round_sigmas
+from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
+from fastcm.sampling.edm import sample_heun
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": sample_heun, "consistency": sample_consistency}
+
+
+def generate(
+    model: Model,
+    num: int,
+    steps: int,
+    seed: int,
+    *,
+    labels: int | Int64[Tensor, " num"] | Float[Tensor, "num L"] | None = None,
+    batch_size: int = 256,
+    sampler: Literal["heun", "consistency"] = "heun",
+    mid_sigmas: Sequence[float] | None = None,
+    index_offset: int = 0,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Float32[Tensor, "num C H W"]:
+    """``num`` images in about [-1, 1], fp32, on the model's device.
+
+    Image j has the global index index_offset + j; its latent, step noise and random label depend on that, on the seed
+    and on nothing else. steps: noise levels above 0; "heun" makes 2 steps - 1 network evaluations, "consistency" steps.
+    labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
+    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", see ``consistency_sigmas``.
+    sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), clipped to the model's range.
+    Raises ConfigError for arguments that cannot work.
+    """
+    _check(num, batch_size, sampler, mid_sigmas)
+    device = next(model.parameters()).device
+    low, high = clip_range(model, sigma_min, sigma_max)
+    if sampler == "consistency":
+        sigmas = consistency_sigmas(steps, mid_sigmas, high, device)
+    else:
+        sigmas = round_sigmas(model, karras_sigmas(steps, low, high, rho, device))
+    index = torch.arange(index_offset, index_offset + num, device=device)
+    labels = choose_labels(labels, index, seed, model.label_dim)
+    indices = index.split(batch_size)
+    per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
+    sample = SAMPLERS[sampler]
+    return torch.cat([_sample(model, sample, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
+
+
+def latents(seed: int, index_N: Int64[Tensor, " N"], image_shape: tuple[int, int, int]) -> Float32[Tensor, "N C H W"]:
+    """The unit normal latents of these images, from the stream "latents"."""
+    return Stream(seed, "latents").image_normal(index_N, image_shape)
+
+
+def step_noise(seed: int, index_N: Int64[Tensor, " N"], image_shape: tuple[int, int, int]) -> NoiseSource:
+    """The source of fresh noise for these images, from the stream "sampler_noise"."""
+    return lambda step: Stream(seed, "sampler_noise").image_normal(index_N, image_shape, draw=step)
+
+
+def choose_labels(
+    labels: int | Tensor | None, index: Int64[Tensor, " num"], seed: int, label_dim: int
+) -> Int64[Tensor, " num"] | Float[Tensor, "num L"] | None:
+    """Labels for ``generate``: the given ones, checked, or classes drawn from the stream "labels".
+
+    Raises ConfigError for labels that the model does not have.
+    """
+    if label_dim == 0:
+        if labels is not None:
+            raise ConfigError("labels: this model has no classes; leave them out")
+        return None
+    if labels is None:
+        return Stream(seed, "labels").integers(index, label_dim)
+    labels = torch.as_tensor(labels, device=index.device)
+    labels = labels.expand(len(index)) if labels.ndim == 0 else labels
+    if len(labels) != len(index):
+        raise ConfigError(f"labels: expected one for each of {len(index)} images, got {len(labels)}")
+    if labels.ndim == 1 and bool(((labels < 0) | (labels >= label_dim)).any()):
+        raise ConfigError(f"labels: class ids must be in [0, {label_dim}), got {labels.min()} to {labels.max()}")
+    return labels
+
+
+def _sample(
+    model: Model,
+    sampler: Callable[..., Tensor],
+    sigmas: Float64[Tensor, " S1"],
+    seed: int,
+    index_N: Int64[Tensor, " N"],
+    labels: Tensor | None,
+) -> Float32[Tensor, "N C H W"]:
+    x = latents(seed, index_N, model.image_shape).double() * sigmas[0]
+    noise = step_noise(seed, index_N, model.image_shape)
+    return sampler(model, x, sigmas, labels=labels, noise=noise).float()
+
+
+def _check(num: int, batch_size: int, sampler: str, mid_sigmas: Sequence[float] | None) -> None:
+    if num < 1 or batch_size < 1:
+        raise ConfigError(f"num and batch_size must be at least 1, got {num} and {batch_size}")
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if mid_sigmas is not None and sampler != "consistency":
+        raise ConfigError(f"mid_sigmas: the {sampler} sampler has no intermediate levels to choose; leave them out")

@@ -1,0 +1,64 @@
+"""From a configuration to the objects that train: device, precision, data, objective."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from fastcm.config import ComputeConfig, DataConfig, ECTObjectiveConfig, EDMObjectiveConfig
+from fastcm.data.dataset import ResidentDataset, load_resident
+from fastcm.data.sources import open_source
+from fastcm.diffusion.preconditioners import PRECONDITIONERS
+from fastcm.errors import ConfigError
+from fastcm.model import SamplingDefaults
+from fastcm.objectives import OBJECTIVES, Objective
+
+
+def select_device(name: str) -> torch.device:
+    """The device that ``compute.device`` means; raises ConfigError for CUDA without a usable GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("compute.device is 'cuda', but torch sees no CUDA device: use 'cpu' or 'auto', or mend the driver")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def precision(config: ComputeConfig) -> Iterator[None]:
+    """Allow or forbid TF32 for fp32 convolutions and matrix products while the block runs."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "tf32" if config.tf32 else "ieee"
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
+
+
+def open_dataset(config: DataConfig, device: torch.device) -> ResidentDataset:
+    """Open, decode and check every image of the configured data set; it lives on the training device.
+
+    Raises DataError naming what is damaged, ConfigError where a conditional network has no labels to learn from.
+    """
+    source = open_source(
+        config.kind, config.path, resolution=config.resolution, labels=config.conditional, download=config.download
+    )
+    if config.conditional and not source.label_dim:
+        raise ConfigError(f"data.conditional is true, but {source.name} has no labels")
+    return load_resident(source, device=device)
+
+
+def build_objective(config: EDMObjectiveConfig | ECTObjectiveConfig) -> Objective:
+    """The objective that a phase's section describes."""
+    return OBJECTIVES[config.kind](**config.model_dump(exclude={"kind", "mid_sigmas"}))
+
+
+def sampling_form(config: EDMObjectiveConfig | ECTObjectiveConfig) -> tuple[dict[str, Any], SamplingDefaults]:
+    """Preconditioner (as a bundle stores it) and default sampler of the model that a phase trains."""
+    precond = build_objective(config).sampling_precond
+    kind = next(name for name, form in PRECONDITIONERS.items() if form is type(precond))
+    mid_sigmas = config.mid_sigmas if isinstance(config, ECTObjectiveConfig) else None
+    sampling = SamplingDefaults("heun") if mid_sigmas is None else SamplingDefaults("consistency", mid_sigmas)
+    return {"kind": kind, **asdict(precond)}, sampling

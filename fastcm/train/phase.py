@@ -1,0 +1,150 @@
+"""One phase at work: network, objective, optimizer and weight averages, advanced one batch at a time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastcm.config import Config
+from fastcm.data.augment import AugmentPipe
+from fastcm.data.dataset import ResidentDataset
+from fastcm.data.loader import Loader
+from fastcm.io.bundle import BundleHeader, model_from_header, read_bundle, save_bundle
+from fastcm.io.tensors import copy_into
+from fastcm.model import Model
+from fastcm.nn.build import build_network
+from fastcm.train.build import build_objective, sampling_form
+from fastcm.train.optimizer import Optimizer, WeightAverage
+from fastcm.train.schedules import ema_beta, learning_rate
+from fastcm.train.step import GradientStep
+from fastcm.train.telemetry import LossMeter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Phase:
+    """State and step of one phase.
+
+    ``images`` counts the images seen in this phase; ``first_image`` is the global sample index of its first one, so that
+    no two phases draw the same noise. Weights are uninitialised until ``start`` or ``load_tensors``.
+    """
+
+    def __init__(self, config: Config, name: str, data: ResidentDataset, device: torch.device, first_image: int) -> None:
+        self.config, self.name, self.first_image, self.images = config, name, first_image, 0
+        self.settings = config.phases[name]
+        self.device = device
+        self.header = phase_header(config, name, data)
+        self.objective = build_objective(self.settings.objective)
+        self.model = self._build_model(data)
+        parameters = dict(self.model.net.named_parameters())
+        opt = self.settings.optimizer
+        self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps)
+        self.averages = {ema: WeightAverage(parameters) for ema in self.settings.emas}
+        augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
+        self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
+        self.gradient = GradientStep(self.model, self.objective, config.seed, self.settings.microbatch_size, compile_step(config, device))
+        self.meter = LossMeter(device)
+
+    def _build_model(self, data: ResidentDataset) -> Model:
+        header, settings = self.header, self.settings
+        net = build_network(self.config.network, data.image_shape, header.label_dim, header.augment_dim, settings.dropout)
+        dtype = DTYPES[self.config.compute.dtype]
+        return Model(net, self.objective.precond, data.image_shape, label_dim=header.label_dim, dtype=dtype).to(self.device).train()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the phase has seen its images."""
+        return self.images >= self.settings.duration_images
+
+    def start(self, previous: Mapping[str, Tensor] | None) -> None:
+        """Fill the weights in as the phase's ``init`` says; ``previous`` are the averaged weights of the phase before."""
+        if self.settings.init == "fresh" or (self.settings.init == "previous" and previous is None):
+            self.model.net.init_weights(self.config.seed)
+        elif self.settings.init == "previous":
+            copy_into(self.model.net.state_dict(), previous, "", Path("previous phase"))
+        else:
+            self._start_from_bundle(Path(self.settings.init))
+        self._reset_averages()
+
+    def _start_from_bundle(self, path: Path) -> None:
+        tensors, header = read_bundle(path)
+        weights = {name: value for name, value in tensors.items() if name.startswith("net/")}
+        averaged = f"ema/{header.emas[0]}/"
+        weights |= {f"net/{name.removeprefix(averaged)}": value for name, value in tensors.items() if name.startswith(averaged)}
+        if header.augment_dim and not self.header.augment_dim:
+            # An absent augmentation label contributes nothing, so a network tuned without the pipe needs no such input.
+            weights.pop("net/map_augment.weight")
+        copy_into(self.model.net.state_dict(), weights, "net/", path)
+
+    def _reset_averages(self) -> None:
+        for average in self.averages.values():
+            copy_into(average.averages, dict(self.model.net.named_parameters()), "", Path(self.name))
+
+    def step(self) -> None:
+        """Gradient of one batch, optimizer step, weight averages, meter; nothing waits for the device."""
+        batch = self.loader.batch(self.first_image + self.images)
+        schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
+        loss_N, sigma_N = self.gradient(batch, schedule)
+        finite, norm = self.optimizer.step(self._scalar(self.learning_rate))
+        for name, average in self.averages.items():
+            average.update(self._scalar(ema_beta(self.settings.emas[name], self.images, self.settings.batch_size)), finite)
+        self.meter.add(loss_N, sigma_N, norm, finite)
+        self.images += self.settings.batch_size
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(self.settings.optimizer, self.images, self.settings.duration_images)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Parameters of the first weight average, and the buffers: what sampling uses and the next phase starts from."""
+        return {**self.model.net.state_dict(), **next(iter(self.averages.values())).averages}
+
+    def sampling_model(self) -> Model:
+        """A model in evaluation form with the averaged weights."""
+        model = model_from_header(self.header, dtype=DTYPES[self.config.compute.dtype], origin=Path(self.name)).to(self.device)
+        copy_into(model.net.state_dict(), self.averaged_weights(), "", Path(self.name))
+        return model.eval().requires_grad_(False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed phase needs, by name."""
+        state = {f"net/{name}": value for name, value in self.model.net.state_dict().items()}
+        for ema, average in self.averages.items():
+            state |= {f"ema/{ema}/{name}": value for name, value in average.averages.items()}
+        return state | {f"optimizer/{name}": value for name, value in self.optimizer.state_dict().items()} | {"meter": self.meter.totals}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], images: int, origin: Path) -> None:
+        """Continue from what ``tensors`` returned after ``images`` images; raises CheckpointError on any mismatch."""
+        copy_into(self.tensors(), tensors, "", origin)
+        self.images = images
+
+    def save_bundle(self, path: Path) -> None:
+        """Write the bundle of the current state."""
+        header = self.header.after(self.images)
+        emas = {name: average.averages for name, average in self.averages.items()}
+        save_bundle(path, header, self.model.net.state_dict(), emas)
+
+
+def phase_header(config: Config, name: str, data: ResidentDataset) -> BundleHeader:
+    """The header of the bundles that a phase writes."""
+    precond, sampling = sampling_form(config.phases[name].objective)
+    uses_augment = any(phase.augment for phase in config.phases.values())
+    return BundleHeader(
+        network=config.network.model_dump(mode="json"),
+        image_shape=data.image_shape,
+        label_dim=data.label_dim if config.data.conditional else 0,
+        augment_dim=AugmentPipe.edm_cifar10(1.0).label_dim if uses_augment else 0,
+        preconditioner=precond,
+        sampling=sampling,
+        emas=tuple(config.phases[name].emas),
+        trained={"phase": name, "images": 0, "config_hash": config.hash, "data": config.data.kind, "fingerprint": data.fingerprint},
+    )
+
+
+def compile_step(config: Config, device: torch.device) -> bool:
+    """Whether torch.compile wraps the step: as asked, or by default on CUDA only (a CPU has no compiler for certain)."""
+    return config.compute.compile == "on" or (config.compute.compile == "auto" and device.type == "cuda")

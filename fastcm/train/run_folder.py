@@ -1,0 +1,125 @@
+"""The folder of one run: what is in it, whose it is, and whether a configuration may continue it."""
+
+import fcntl
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastcm
+from fastcm.config import Config
+from fastcm.errors import CheckpointError, ConfigError
+from fastcm.io.atomic import atomic_write
+from fastcm.io.bundle import MODEL_FILE
+
+
+class RunFolder:
+    """Paths and bookkeeping of a run.
+
+    config.yaml       the resolved configuration
+    run.json          its hash, the identity of the run (what must not change on resume), versions
+    metrics.jsonl     one line per logging interval
+    checkpoints/      everything needed to resume bit for bit
+    model.safetensors bundle of the current phase at its last snapshot; <phase>.safetensors of each finished one
+    evaluation.json   Frechet distances, where the run was evaluated
+    samples/          picture grids at fixed latents; loss.png, report.html: what to look at
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.run = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.bundle = path / MODEL_FILE
+        self.samples = path / "samples"
+        self.loss_curve = path / "loss.png"
+        self.evaluation = path / "evaluation.json"
+        self.report = path / "report.html"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; raises CheckpointError if another run is writing to it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {self.path}: {error.strerror or error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"{self.path}: another process is training into this folder") from None
+            yield
+
+    def claim(self, config: Config, data: Mapping[str, Any]) -> None:
+        """Write config.yaml and run.json, or check that this run is the one already in the folder.
+
+        Raises ConfigError listing every part of the identity that changed.
+        """
+        identity = run_identity(config, data)
+        if self.run.is_file():
+            saved = _read_json(self.run).get("identity", {})
+            changes = _differences(saved, identity)
+            if changes:
+                advice = "train into another folder, or undo the change"
+                raise ConfigError(f"{self.path} holds a run with another identity: {'; '.join(changes)}; {advice}")
+        atomic_write(self.config, f"# configuration hash {config.hash}\n{config.to_yaml()}")
+        facts = {
+            "config_hash": config.hash,
+            "identity": identity,
+            "data": dict(data),
+            "versions": {"fastcm": fastcm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        atomic_write(self.run, json.dumps(facts, indent=1))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl; a line torn by a kill is left out."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        return [entry for entry in map(_parse_line, lines) if entry is not None]
+
+    def rewind_metrics(self, images: int) -> None:
+        """Drop what was logged after the checkpoint that is being resumed from."""
+        kept = [entry for entry in self.read_metrics() if entry["images"] <= images]
+        atomic_write(self.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a run that may not change on resume: seed, network, data, and what each phase learns from what."""
+    fixed = {"objective", "init", "batch_size", "microbatch_size", "dropout", "augment", "emas"}
+    return {
+        "seed": config.seed,
+        "data": {**config.data.model_dump(mode="json", exclude={"path", "download"}), "fingerprint": data["fingerprint"]},
+        "network": config.network.model_dump(mode="json"),
+        "phases": {name: phase.model_dump(mode="json", include=fixed) for name, phase in config.phases.items()},
+    }
+
+
+def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = sorted(saved.keys() | now.keys())
+        return [line for key in keys for line in _differences(saved.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if saved == now else [f"{path} was {saved!r}, is {now!r}"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}); delete the run folder to start anew") from None
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,41 @@
+"""The gradient of one batch, compiled once and the same for every objective."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastcm.data.batch import Batch
+from fastcm.model import Model
+from fastcm.objectives.base import Objective
+
+
+class GradientStep:
+    """Accumulate the gradient of the mean loss of a batch into ``.grad``, in microbatches if asked for.
+
+    Noise, noise levels and dropout masks are keyed by the global sample index, so the split changes rounding only.
+    """
+
+    def __init__(self, model: Model, objective: Objective, seed: int, microbatch_size: int, compiled: bool) -> None:
+        self.model, self.objective, self.seed, self.microbatch_size = model, objective, seed, microbatch_size
+        self._loss = torch.compile(self._plain_loss, fullgraph=True, dynamic=False) if compiled else self._plain_loss
+
+    def _plain_loss(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        terms = self.objective.loss(self.model, batch, self.seed, schedule)
+        return terms.loss_N, terms.sigma_N
+
+    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and noise level of every sample, detached."""
+        num, losses, sigmas = len(batch.index), [], []
+        size = self.microbatch_size or num
+        for start in range(0, num, size):
+            loss_N, sigma_N = self._loss(_slice(batch, slice(start, start + size)), schedule)
+            (loss_N.sum() / num).backward()
+            losses.append(loss_N.detach())
+            sigmas.append(sigma_N.detach())
+        return torch.cat(losses), torch.cat(sigmas)
+
+
+def _slice(batch: Batch, part: slice) -> Batch:
+    columns = (batch.images, batch.labels, batch.augment, batch.index)
+    return Batch(*(None if column is None else column[part] for column in columns))

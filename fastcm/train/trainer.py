@@ -1,0 +1,135 @@
+"""The training loop: phases in order, each a sequence of steps with pictures, checkpoints and metrics in between."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcm.config import Config
+from fastcm.data.dataset import ResidentDataset
+from fastcm.errors import Interrupted
+from fastcm.io.images import save_grid
+from fastcm.sampling.generate import sample
+from fastcm.train.build import open_dataset, precision, select_device
+from fastcm.train.checkpoint import load_newest, save_checkpoint
+from fastcm.train.phase import Phase
+from fastcm.train.report import write_report
+from fastcm.train.run_folder import RunFolder
+from fastcm.train.signals import StopFlag, stop_flag
+from fastcm.train.telemetry import Telemetry
+
+log = logging.getLogger("fastcm")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a checkpoint left off: its phase, the images seen in it, the global index of the phase's first image."""
+
+    phase: str
+    images: int
+    first_image: int
+    tensors: Mapping[str, Tensor]
+
+
+def train(config: Config, out: Path) -> RunFolder:
+    """Run every phase of a configuration in the folder ``out``, or resume what is there; returns the run folder.
+
+    Raises ConfigError, DataError or CheckpointError for what a user can mend, Interrupted after a signal once the state
+    is saved.
+    """
+    run = RunFolder(out)
+    device = select_device(config.compute.device)
+    with run.locked(), precision(config.compute), stop_flag() as stop:
+        data = open_dataset(config.data, device)
+        run.claim(config, {"kind": config.data.kind, "num_images": len(data), "fingerprint": data.fingerprint})
+        Trainer(config, run, data, device, stop).run()
+        write_report(run)
+    return run
+
+
+class Trainer:
+    """Carries one run from its first (or last saved) image to its last."""
+
+    def __init__(self, config: Config, run: RunFolder, data: ResidentDataset, device: torch.device, stop: StopFlag) -> None:
+        self.config, self.run_folder, self.data, self.device, self.stop = config, run, data, device, stop
+
+    def run(self) -> None:
+        """Train the phases that are not finished yet."""
+        saved = self._load_saved()
+        self.run_folder.rewind_metrics(saved.first_image + saved.images if saved else 0)
+        names = list(self.config.phases)
+        weights, first_image = None, 0
+        for name in names[names.index(saved.phase) if saved else 0 :]:
+            phase = Phase(self.config, name, self.data, self.device, saved.first_image if saved else first_image)
+            if saved:
+                phase.load_tensors(saved.tensors, saved.images, self.run_folder.checkpoints)
+                saved = None
+            else:
+                phase.start(weights)
+            self.run_phase(phase)
+            weights, first_image = phase.averaged_weights(), phase.first_image + phase.images
+
+    def _load_saved(self) -> Saved | None:
+        found = load_newest(self.run_folder.checkpoints)
+        if found is None:
+            return None
+        tensors, state = found
+        log.info("resuming %s at %d images", state["phase"], state["images"])
+        return Saved(state["phase"], state["images"], state["first_image"], tensors)
+
+    def run_phase(self, phase: Phase) -> None:
+        """Train one phase to its end, with a snapshot at every interval and at the end."""
+        every = self.config.telemetry
+        telemetry = Telemetry(self.run_folder, phase.name, phase.images, phase.settings.duration_images)
+        while not phase.finished:
+            before = phase.images
+            phase.step()
+            telemetry.advance(phase.images - before)
+            if phase.finished or _passes(before, phase.images, every.log_images):
+                telemetry.write(phase.first_image + phase.images, phase.images, self._values(phase))
+            if phase.finished or _passes(before, phase.images, every.snapshot_images):
+                self.snapshot(phase)
+                telemetry.resume_clock()
+            elif self.stop:
+                self.save(phase)
+            if self.stop and not phase.finished:
+                telemetry.close()
+                raise Interrupted(f"stopped by {self.stop.reason} at {phase.images} images of {phase.name}, saved; run it again to resume")
+        telemetry.close()
+        phase.save_bundle(self.run_folder.path / f"{phase.name}.safetensors")
+
+    def _values(self, phase: Phase) -> dict[str, Any]:
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        values = {**phase.meter.read(), "learning_rate": phase.learning_rate, **phase.objective.schedule(phase.images)}
+        return values | ({} if memory is None else {"peak_memory_bytes": memory})
+
+    def snapshot(self, phase: Phase) -> None:
+        """Picture grids, bundle, loss curve and report, then the checkpoint: where it exists, so do they."""
+        self.draw(phase)
+        phase.save_bundle(self.run_folder.bundle)
+        write_report(self.run_folder)
+        self.save(phase)
+
+    def save(self, phase: Phase) -> None:
+        """Write a checkpoint from which the run continues bit for bit."""
+        state = {"phase": phase.name, "images": phase.images, "first_image": phase.first_image}
+        keep = self.config.telemetry.keep_checkpoints
+        save_checkpoint(self.run_folder.checkpoints, phase.first_image + phase.images, phase.tensors(), state, keep)
+
+    def draw(self, phase: Phase) -> None:
+        """Write grids of samples at fixed latents: 1 and 2 steps, and Heun while a diffusion model is trained."""
+        settings, model = self.config.telemetry, phase.sampling_model()
+        grids = {"1step": ("consistency", 1), "2step": ("consistency", 2)}
+        if model.sampling.sampler == "heun":
+            grids["heun"] = ("heun", settings.heun_steps)
+        for kind, (sampler, steps) in grids.items():
+            images = sample(model, settings.grid_size**2, steps, self.config.seed, sampler=sampler)
+            save_grid(self.run_folder.samples / f"{phase.name}-{kind}-{phase.images:012d}.png", images, settings.grid_size)
+
+
+def _passes(before: int, after: int, interval: int) -> bool:
+    return before // interval != after // interval

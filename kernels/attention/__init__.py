@@ -1,0 +1,5 @@
+"""Self-attention over pixels."""
+
+from .reference import attention
+
+__all__ = ["attention"]
