@@ -60,7 +60,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
 @click.option("--num", default=64, show_default=True, type=click.IntRange(1), help="Number of images.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Names the latents, at any batch size.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="A .png grid, an .npz, or a folder.")
-@click.option("--label", type=click.IntRange(0), help="Class of every image; default all classes in turn.")
+@click.option("--label", type=click.IntRange(0), help="Class of every image; default a random one.")
 @click.option("--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more.")
 @click.option("--ema", default="", help="Weight average to use, or 'net' for the raw weights; default the first average.")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1))
@@ -69,14 +69,12 @@ def sample(model: Path, steps: int, num: int, seed: int, out: Path, label: int |
     """Draw images from MODEL, a bundle or a run folder."""
     from fastcm.io.bundle import load
     from fastcm.io.images import save_images
-    from fastcm.sampling.generate import sample as draw
-    from fastcm.sampling.generate import sample_labels
+    from fastcm.sampling.sample import sample as draw
     from fastcm.train.build import select_device
 
     network = load(model, ema=ema, device=select_device(device))
-    labels = sample_labels(network, num, label)
-    images = draw(network, num, steps, seed, labels=labels, mid_sigmas=mid_sigmas or None, batch_size=batch_size)
-    save_images(out, images, labels)
+    images = draw(network, num, steps, seed, labels=label, mid_sigmas=mid_sigmas or None, batch_size=batch_size)
+    save_images(out, images)
     click.echo(f"{num} images: {out}")
 
 

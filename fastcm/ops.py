@@ -95,7 +95,7 @@ def group_norm(
 
 
 def attention(qkv_NCHW: Float[Tensor, "N C3 H W"], num_heads: int) -> Float[Tensor, "N C H W"]:
-    """Self-attention over pixels: softmax(q k^T / sqrt(D)) v, channels of qkv ordered (3, heads, D); arXiv 1706.03762, Eq. 1."""
+    """Self-attention over pixels: softmax(q k^T / sqrt(D)) v, qkv channels ordered (3, heads, D); arXiv 1706.03762, Eq. 1."""
     return _implementation("attention")(qkv_NCHW, num_heads)
 
 

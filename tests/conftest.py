@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,20 @@ def _one_thread_per_worker():
         torch.set_num_threads(1)
 
 
+def run_cli(cwd: Path, *arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``fastcm ARGUMENTS`` in a folder, on the CPU, with one thread."""
+    return subprocess.run(
+        [sys.executable, "-m", "fastcm", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 @pytest.fixture
 def fastcm_cli(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run ``fastcm ARGUMENTS`` in an empty folder, with warnings as errors of our own modules shown on stderr."""
-
-    def run(*arguments: str, cwd: Path = tmp_path, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "fastcm", *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-
-    return run
+    """The command line, run in an empty folder."""
+    return partial(run_cli, tmp_path)

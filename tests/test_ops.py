@@ -13,7 +13,7 @@ from fastcm.errors import ConfigError
 from fastcm.random import Stream
 
 CHANNELS_LAST = torch.channels_last
-FILTERS = [(1, 1), (1, 3, 3, 1), (1, 5, 10, 10, 5, 1)]
+FILTERS = [(1.0, 1.0), (1.0, 3.0, 3.0, 1.0), (1.0, 5.0, 10.0, 10.0, 5.0, 1.0)]
 
 # PyTorch's own forward-mode rules are loaded with a call that it has deprecated.
 forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit")

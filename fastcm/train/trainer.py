@@ -13,7 +13,7 @@ from fastcm.config import Config
 from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import Interrupted
 from fastcm.io.images import save_grid
-from fastcm.sampling.generate import sample
+from fastcm.sampling.sample import sample
 from fastcm.train.build import open_dataset, precision, select_device
 from fastcm.train.checkpoint import load_newest, save_checkpoint
 from fastcm.train.phase import Phase

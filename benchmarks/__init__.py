@@ -1,0 +1,1 @@
+"""Benchmarks: fair, named baselines and the commands that repeat every number in the documentation."""
