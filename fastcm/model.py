@@ -57,16 +57,16 @@ class Model(nn.Module):
 
     def forward(
         self,
-        x_NCHW: Float[Tensor, "N C H W"],
-        sigma: Float[Tensor, " N"] | Float[Tensor, ""] | float,
-        labels: Float[Tensor, "N L"] | Int64[Tensor, " N"] | None = None,
+        x_NCHW: Tensor,
+        sigma: Tensor | float,
+        labels: Tensor | None = None,
         augment: Float[Tensor, "N A"] | None = None,
         dropout: PhiloxKey | None = None,
     ) -> Float[Tensor, "N C H W"]:
         """The denoised images, fp32.
 
-        x_NCHW: noisy images of any float dtype. sigma: one noise level per image or one for all. labels: class ids
-        [N] or one-hot rows [N, label_dim]; None for no class. augment: augmentation labels. dropout: key of the
+        x_NCHW: noisy images of any float dtype. sigma: one noise level per image [N], or one for all. labels: class
+        ids [N] or one-hot rows [N, label_dim]; None for no class. augment: augmentation labels. dropout: key of the
         dropout masks, None for no dropout. Raises ValueError for shapes or labels that do not fit.
         """
         self._check_images(x_NCHW)
@@ -78,9 +78,9 @@ class Model(nn.Module):
 
     def raw(
         self,
-        x_NCHW: Float[Tensor, "N C H W"],
+        x_NCHW: Tensor,
         sigma_N: Float[Tensor, " N"],
-        labels: Float[Tensor, "N L"] | Int64[Tensor, " N"] | None = None,
+        labels: Tensor | None = None,
         augment: Float[Tensor, "N A"] | None = None,
         dropout: PhiloxKey | None = None,
         scalings: Scalings | None = None,

@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import shape_checks
 import torch
+
+shape_checks.install()  # before anything imports fastcm
 
 ROOT = Path(__file__).parent.parent
 

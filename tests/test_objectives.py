@@ -135,8 +135,9 @@ def test_loss_never_waits_for_the_device(objective):
     assert terms.loss_N.is_meta
 
 
-def test_loss_compiles_to_one_graph_that_serves_every_stage(objective):
-    model, batch = tiny_model(), tiny_batch()
+@pytest.mark.parametrize("name", ["edm", "ect"])
+def test_loss_and_gradient_compile_to_one_graph_that_serves_every_stage(name):
+    objective, model, batch = ALL[name], tiny_model(), tiny_batch(3)
 
     def loss(schedule):
         return objective.loss(model, batch, 3, schedule).loss_N
@@ -145,18 +146,10 @@ def test_loss_compiles_to_one_graph_that_serves_every_stage(objective):
     for i, images in enumerate((0, 4_000_000, 7_000_000)):
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
             actual = compiled(scheduled(objective, images))
-        torch.testing.assert_close(actual, loss(scheduled(objective, images)), rtol=1e-4, atol=1e-5)
-
-
-def test_compiled_gradients_are_those_of_eager(objective):
-    model, batch = tiny_model(), tiny_batch()
-
-    def loss():
-        return objective.loss(model, batch, 3, scheduled(objective)).loss_N.mean()
-
-    expected = torch.autograd.grad(loss(), list(model.parameters()))
-    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), list(model.parameters()))
-    for one, other in zip(actual, expected, strict=True):
+        expected = loss(scheduled(objective, images))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    gradients = zip(*(torch.autograd.grad(each.mean(), list(model.parameters())) for each in (actual, expected)), strict=True)
+    for one, other in gradients:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
@@ -207,7 +200,7 @@ def boundary_case(objective, t=(0.01, 0.3, 5.0, 60.0, 0.2)):
 
 
 def test_rows_with_r_zero_are_compared_with_the_clean_image():
-    spy, batch, terms = boundary_case(ECT())
+    _, batch, terms = boundary_case(ECT())
     t = terms.sigma_N[:, None, None, None]
     c_skip, c_out, c_in, _ = (value[:, None, None, None] for value in EDM().scalings(terms.sigma_N))
     x = batch.images + t * draw_noise(batch, 1)

@@ -97,7 +97,7 @@ def test_every_scheme_solves_the_same_equation(alpha, scheme):
 
 def test_churn_keeps_the_distribution():
     x = start(64)
-    churned = sample_heun(gaussian, x, karras_sigmas(40), s_churn=20.0, noise=lambda step: noise(step, 64))
+    churned = sample_heun(gaussian, x, karras_sigmas(200), s_churn=40.0, noise=lambda step: noise(step, 64))
     assert churned.std().item() == pytest.approx(SIGMA_DATA, rel=0.03)
     correlation = (churned * exact(x)).mean() / (churned.std() * exact(x).std())
     assert correlation < 0.9

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastcm.diffusion.noise_schedules import VPSchedule
+from fastcm.diffusion.noise_schedules import vp_sigma
 
 
 class NoiseDistribution(Protocol):
@@ -61,7 +61,7 @@ class VPNoise:
 
     def sigma(self, draw_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """The noise levels."""
-        return VPSchedule(self.beta_d, self.beta_min).sigma(1 + draw_N * (self.epsilon_t - 1))
+        return vp_sigma(1 + draw_N * (self.epsilon_t - 1), self.beta_d, self.beta_min)
 
     def weight(self, sigma_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """lambda(sigma)."""

@@ -64,6 +64,17 @@ class VESchedule:
         return sigma**2
 
 
+def vp_sigma(t: Float[Tensor, "*shape"], beta_d: float, beta_min: float) -> Float[Tensor, "*shape"]:
+    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1); arXiv 2206.00364, Table 1, column VP."""
+    return (0.5 * beta_d * t**2 + beta_min * t).expm1().sqrt()
+
+
+def vp_time(sigma: Float[Tensor, "*shape"], beta_d: float, beta_min: float) -> Float[Tensor, "*shape"]:
+    """The inverse, t = (sqrt(beta_min^2 + 2 beta_d ln(sigma^2 + 1)) - beta_min) / beta_d, in a form without cancellation."""
+    log = (sigma**2).log1p()
+    return 2 * log / ((beta_min**2 + 2 * beta_d * log).sqrt() + beta_min)
+
+
 @dataclass(frozen=True)
 class VPSchedule:
     """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1); arXiv 2206.00364, Table 1, column VP."""
@@ -73,7 +84,7 @@ class VPSchedule:
 
     def sigma(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """sigma(t)."""
-        return (0.5 * self.beta_d * t**2 + self.beta_min * t).expm1().sqrt()
+        return vp_sigma(t, self.beta_d, self.beta_min)
 
     def sigma_at(self, t: float) -> float:
         """sigma(t) of one number."""
@@ -85,9 +96,8 @@ class VPSchedule:
         return 0.5 * (self.beta_min + self.beta_d * t) * (sigma + 1 / sigma)
 
     def inverse(self, sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """t = (sqrt(beta_min^2 + 2 beta_d ln(sigma^2 + 1)) - beta_min) / beta_d, in a form without cancellation."""
-        log = (sigma**2).log1p()
-        return 2 * log / ((self.beta_min**2 + 2 * self.beta_d * log).sqrt() + self.beta_min)
+        """The t with sigma(t) = sigma."""
+        return vp_time(sigma, self.beta_d, self.beta_min)
 
     @classmethod
     def through(cls, epsilon: float, sigma_min: float, sigma_max: float) -> "VPSchedule":

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fastcm.diffusion.noise_schedules import VPSchedule
+from fastcm.diffusion.noise_schedules import VPSchedule, vp_time
 
 
 class Scalings(NamedTuple):
@@ -124,8 +124,8 @@ class VP(_Continuous):
 
     def scalings(self, sigma_N: Float[Tensor, " N"]) -> Scalings:
         """The coefficients at these noise levels."""
-        c_in_N, c_noise_N = 1 / (sigma_N**2 + 1).sqrt(), (self.M - 1) * self.schedule.inverse(sigma_N)
-        return Scalings(torch.ones_like(sigma_N), -sigma_N, c_in_N, c_noise_N)
+        c_noise_N = (self.M - 1) * vp_time(sigma_N, self.beta_d, self.beta_min)
+        return Scalings(torch.ones_like(sigma_N), -sigma_N, 1 / (sigma_N**2 + 1).sqrt(), c_noise_N)
 
 
 @dataclass(frozen=True)

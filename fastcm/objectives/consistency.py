@@ -4,7 +4,7 @@ A method chooses the noise levels t > r, how x_r is found, which network is the 
 evaluates student and target with one dropout mask and gives the loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -116,6 +116,9 @@ class ECT:
     c: float = 0.0
     weight: Literal["inverse_gap", "snr_plus_one"] = "inverse_gap"
     boundary_sigma: float = 0.003
+    # The preconditioners to train and to sample with.
+    precond: Preconditioner = field(init=False, repr=False, compare=False)
+    sampling_precond: Preconditioner = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, known in (("mapping", MAPPINGS), ("distance", DISTANCES), ("weight", WEIGHTS)):
@@ -127,16 +130,8 @@ class ECT:
             raise ConfigError(
                 f"double_images must be at least 1 and max_stage at least 0, got {self.double_images} and {self.max_stage}"
             )
-
-    @property
-    def precond(self) -> Preconditioner:
-        """The preconditioner to train with: plain EDM."""
-        return EDM(self.sigma_data)
-
-    @property
-    def sampling_precond(self) -> Preconditioner:
-        """The preconditioner to sample with: EDM's, moved so that D(x; boundary_sigma) = x."""
-        return EDMBoundary(self.sigma_data, self.boundary_sigma)
+        object.__setattr__(self, "precond", EDM(self.sigma_data))
+        object.__setattr__(self, "sampling_precond", EDMBoundary(self.sigma_data, self.boundary_sigma))
 
     def schedule(self, images: int) -> dict[str, float]:
         """{"decay": q^-(stage + 1)}, the gap (t - r) / t at large t after this many images of the phase."""

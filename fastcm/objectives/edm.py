@@ -1,6 +1,6 @@
 """Denoising score matching with the noise distributions, weights and preconditioners of EDM, VP and VE."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxtyping import Float
@@ -37,25 +37,23 @@ class EDMObjective:
     sigma_min: float = 0.02
     sigma_max: float = 100.0
 
+    # How noise levels are drawn and weighted, and the preconditioner to train with.
+    noise: NoiseDistribution = field(init=False, repr=False, compare=False)
+    precond: Preconditioner = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ConfigError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant!r}")
-
-    @property
-    def noise(self) -> NoiseDistribution:
-        """How noise levels are drawn and weighted."""
-        if self.variant == "vp":
-            return VPNoise(self.beta_d, self.beta_min, self.epsilon_t)
-        if self.variant == "ve":
-            return VENoise(self.sigma_min, self.sigma_max)
-        return LogNormalNoise(self.p_mean, self.p_std, self.sigma_data)
-
-    @property
-    def precond(self) -> Preconditioner:
-        """The preconditioner to train with."""
-        if self.variant == "vp":
-            return VP(self.beta_d, self.beta_min, epsilon_t=self.epsilon_t)
-        return VE(self.sigma_min, self.sigma_max) if self.variant == "ve" else EDM(self.sigma_data)
+        noise, precond = {
+            "edm": (LogNormalNoise(self.p_mean, self.p_std, self.sigma_data), EDM(self.sigma_data)),
+            "vp": (
+                VPNoise(self.beta_d, self.beta_min, self.epsilon_t),
+                VP(self.beta_d, self.beta_min, epsilon_t=self.epsilon_t),
+            ),
+            "ve": (VENoise(self.sigma_min, self.sigma_max), VE(self.sigma_min, self.sigma_max)),
+        }[self.variant]
+        object.__setattr__(self, "noise", noise)
+        object.__setattr__(self, "precond", precond)
 
     @property
     def sampling_precond(self) -> Preconditioner:

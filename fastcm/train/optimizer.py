@@ -35,9 +35,10 @@ class Optimizer:
         """
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
         norm = torch.stack(torch._foreach_norm(grads)).norm()
-        finite = torch.isfinite(norm).float()
+        not_finite = ~torch.isfinite(norm)
+        finite = 1 - not_finite.float()
         for grad in grads:
-            grad.masked_fill_(finite == 0, 0.0)  # NaN times zero would still be NaN
+            grad.masked_fill_(not_finite, 0.0)  # NaN times zero would still be NaN
         self.num_steps += finite
         a, s, e = self._scalars(lr)
         beta1, beta2 = self.betas

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..philox import PhiloxKey, random_bits
+from .two_pass import two_pass_norm
 
 
 def group_norm(
@@ -36,16 +37,14 @@ def group_norm(
     bits(key)[n, e] >= round(dropout 2^32), and kept values are divided by 1 - dropout.
     """
     dtype = torch.promote_types(x_NCHW.dtype, torch.float32)
-    y = x_NCHW.to(dtype)
-    if addend_NC is not None:
-        y = y + _per_channel(addend_NC, dtype)
-    if y.device.type == "cpu":
-        y = y - _group_mean(y.detach(), num_groups)
-    y = F.group_norm(y, num_groups, weight_C.to(dtype), bias_C.to(dtype), eps)
+    weight_1C, bias_1C = weight_C.to(dtype)[None], bias_C.to(dtype)[None]
+    addend_NC, scale_NC, shift_NC = (None if value is None else value.to(dtype) for value in (addend_NC, scale_NC, shift_NC))
     if scale_NC is not None:
-        y = y * (1 + _per_channel(scale_NC, dtype))
+        weight_1C, bias_1C = weight_1C * (1 + scale_NC), bias_1C * (1 + scale_NC)
     if shift_NC is not None:
-        y = y + _per_channel(shift_NC, dtype)
+        bias_1C = bias_1C + shift_NC
+    normalise = two_pass_norm if x_NCHW.device.type == "cpu" else _native_norm
+    y = normalise(x_NCHW.to(dtype), num_groups, weight_1C, bias_1C, eps, addend_NC)
     if silu:
         y = F.silu(y)
     if dropout_key is not None and dropout > 0:
@@ -54,18 +53,12 @@ def group_norm(
     return y.to(x_NCHW.dtype).contiguous(memory_format=_memory_format(x_NCHW))
 
 
-def _per_channel(value_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    return value_NC.to(dtype)[:, :, None, None]
-
-
-def _group_mean(x_NCHW: Tensor, num_groups: int) -> Tensor:
-    """Mean of each channel's group, [N, C, 1, 1].
-
-    Taken out beforehand it changes neither value nor gradient, but PyTorch's channels_last CPU kernel computes the
-    variance as E[x^2] - E[x]^2, which loses all digits where the mean is large.
-    """
-    mean_NG1 = x_NCHW.mean((2, 3)).unflatten(1, (num_groups, -1)).mean(2, keepdim=True)
-    return mean_NG1.expand(-1, -1, x_NCHW.shape[1] // num_groups).flatten(1)[:, :, None, None]
+def _native_norm(
+    x_NCHW: Tensor, num_groups: int, gain_NC: Tensor, offset_NC: Tensor, eps: float, addend_NC: Tensor | None
+) -> Tensor:
+    """PyTorch's own kernel, then the affine map: what torch.compile fuses best on CUDA."""
+    x_NCHW = x_NCHW if addend_NC is None else x_NCHW + addend_NC[:, :, None, None]
+    return F.group_norm(x_NCHW, num_groups, None, None, eps) * gain_NC[:, :, None, None] + offset_NC[:, :, None, None]
 
 
 def _keep(key: PhiloxKey, x_NCHW: Tensor, dropout: float) -> Bool[Tensor, "N C H W"]:
