@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -15,6 +16,9 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 NUM_ROUNDS = 10
 WORD_MASK = 0xFFFFFFFF
 LANES = 4
+
+# 32-bit unsigned values in int64, because PyTorch computes little in uint32.
+Words = Int64[Tensor, "..."]
 
 
 class PhiloxKey(NamedTuple):
@@ -26,7 +30,7 @@ class PhiloxKey(NamedTuple):
     """
 
     key: tuple[int, int]
-    index_N: Tensor
+    index_N: Int64[Tensor, " N"]
     draw: int = 0
 
     def at(self, draw: int) -> "PhiloxKey":
@@ -34,7 +38,7 @@ class PhiloxKey(NamedTuple):
         return self._replace(draw=draw)
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
     """Ten Philox rounds on four counter words, each an int64 tensor holding a 32-bit unsigned value.
 
     round: (c0, c1, c2, c3) -> (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); k += W (mod 2^32).
@@ -53,7 +57,7 @@ def _high(product: Tensor) -> Tensor:
     return (product >> 32) & WORD_MASK
 
 
-def random_bits(key: PhiloxKey, num_elements: int) -> Tensor:
+def random_bits(key: PhiloxKey, num_elements: int) -> Int64[Tensor, "N E"]:
     """32 random bits for each of ``num_elements`` elements of each sample: int64 [N, E] in [0, 2^32).
 
     Element e of the sample with global index i is lane e % 4 of philox(counter, key) with
@@ -73,7 +77,7 @@ def random_bits(key: PhiloxKey, num_elements: int) -> Tensor:
     return torch.stack(philox4x32(counter, key.key), dim=-1).flatten(1)[:, :num_elements]
 
 
-def random_normal(key: PhiloxKey, num_elements: int) -> Tensor:
+def random_normal(key: PhiloxKey, num_elements: int) -> Float32[Tensor, "N E"]:
     """Standard normal fp32 [N, E] by Box and Muller: lanes (2j, 2j+1) of one block give
 
     n_2j = sqrt(-2 ln u) cos(2 pi v), n_2j+1 = sqrt(-2 ln u) sin(2 pi v), u = (b_2j + 1/2) / 2^32, v = b_2j+1 / 2^32.

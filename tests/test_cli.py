@@ -1,0 +1,183 @@
+"""The command line: what each verb writes, and how it fails."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastcm
+from fastcm.io.bundle import BundleHeader, save_bundle
+from fastcm.model import SamplingDefaults
+from fastcm.nn.unet import UNet
+
+NETWORK = {"family": "ddpmpp", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+
+
+def write_bundle(path, *, label_dim=0, sampler="consistency", kind="edm_boundary", data="digits"):
+    """A bundle of a random tiny network; the average differs from the raw weights."""
+    net = UNet("ddpmpp", 8, 1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), label_dim=label_dim)
+    state = net.init_weights(3).state_dict()
+    state = {name: value + 0.02 * torch.sin(torch.arange(value.numel())).reshape(value.shape) for name, value in state.items()}
+    header = BundleHeader(
+        network=NETWORK,
+        image_shape=(1, 8, 8),
+        label_dim=label_dim,
+        augment_dim=0,
+        preconditioner={"kind": kind},
+        sampling=SamplingDefaults(sampler, (0.8,) if sampler == "consistency" else ()),
+        emas=("main", "other"),
+        trained={"phase": "tune", "images": 5, "data": data},
+    )
+    emas = {"main": {name: value * 0.9 for name, value in state.items()}, "other": {name: value * 0.8 for name, value in state.items()}}
+    save_bundle(path, header, state, emas)
+    return path
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return write_bundle(tmp_path / "model.safetensors")
+
+
+def sampled(fastcm_cli, tmp_path, *arguments, name="out.npz"):
+    run = fastcm_cli("sample", "model.safetensors", "--out", name, *arguments)
+    assert run.returncode == 0, run.stderr
+    with np.load(tmp_path / name) as file:
+        return file["images"]
+
+
+def test_sample_writes_a_grid(fastcm_cli, tmp_path, bundle):
+    assert fastcm_cli("sample", bundle, "--num", "9", "--out", "grid.png").returncode == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (96, 96)  # three by three images of eight pixels, enlarged four times
+
+
+def test_sample_writes_a_folder_and_an_npz_of_the_same_images(fastcm_cli, tmp_path, bundle):
+    images = sampled(fastcm_cli, tmp_path, "--num", "5")
+    assert images.shape == (5, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert fastcm_cli("sample", bundle, "--num", "5", "--out", "folder").returncode == 0
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [f"{i:06d}.png" for i in range(5)]
+    for number, expected in enumerate(images):
+        with Image.open(tmp_path / "folder" / f"{number:06d}.png") as image:
+            assert np.array_equal(np.asarray(image), expected[..., 0])
+
+
+def test_seed_names_the_same_images_at_any_batch_size(fastcm_cli, tmp_path, bundle):
+    whole = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2")
+    parts = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2", "--batch-size", "3")
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    other = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "6", "--steps", "2")
+    assert np.abs(whole.astype(int) - other).max() > 10
+
+
+def test_steps_mid_sigma_and_average_change_the_images(fastcm_cli, tmp_path, bundle):
+    variants = [["--steps", "1"], ["--steps", "2"], ["--steps", "2", "--mid-sigma", "2.5"], ["--ema", "other"], ["--ema", "net"]]
+    images = [sampled(fastcm_cli, tmp_path, "--num", "3", *variant).tobytes() for variant in variants]
+    assert len(set(images)) == len(variants)
+
+
+def test_label_selects_the_class(fastcm_cli, tmp_path):
+    write_bundle(tmp_path / "model.safetensors", label_dim=10)
+    one, two = (sampled(fastcm_cli, tmp_path, "--num", "4", "--label", str(label)) for label in (1, 2))
+    assert not np.array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--label", "1"], 2, "no classes"),
+        (["--steps", "3", "--mid-sigma", "1.0"], 2, "mid_sigmas"),
+        (["--steps", "-1"], 2, "steps"),
+        (["--ema", "nothing"], 3, "no weight average 'nothing'; it has main, other and net"),
+        (["--out", "picture.jpg"], 2, "give a .png"),
+        (["--num", "0"], 2, "--num"),
+        (["--device", "cuda"], 2, "CUDA"),
+        (["--nonsense"], 2, "No such option"),
+    ],
+)
+def test_wrong_sample_arguments_are_named(fastcm_cli, bundle, arguments, code, message):
+    failed = fastcm_cli("sample", "model.safetensors", *arguments)
+    assert failed.returncode == code
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_bundle_cut_short_is_exit_3_naming_the_file(fastcm_cli, bundle):
+    bundle.write_bytes(bundle.read_bytes()[:-50])
+    failed = fastcm_cli("sample", "model.safetensors")
+    assert failed.returncode == 3
+    assert failed.stderr.startswith("fastcm: error: model.safetensors: damaged or cut short")
+    assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(fastcm_cli, bundle):
+    bundle.write_bytes(b"")
+    assert "Traceback" in fastcm_cli("--debug", "sample", "model.safetensors").stderr
+
+
+@pytest.mark.parametrize("target", ["nowhere", "."])
+def test_path_without_a_model_is_exit_3(fastcm_cli, target):
+    failed = fastcm_cli("sample", target)
+    assert failed.returncode == 3
+    assert "no " in failed.stderr
+
+
+def test_full_disk_while_sampling_is_a_clear_error(fastcm_cli, bundle):
+    failed = fastcm_cli("sample", bundle, "--out", "/proc/picture.png")
+    assert failed.returncode == 3
+    assert "cannot write /proc/picture.png" in failed.stderr
+
+
+def test_info_describes_a_model(fastcm_cli, bundle):
+    facts = json.loads(fastcm_cli("info", bundle).stdout)
+    net = UNet("ddpmpp", 8, 1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    assert facts["num_parameters"] == sum(p.numel() for p in net.parameters())
+    assert facts["preconditioner"] == {"kind": "edm_boundary"}
+    assert facts["emas"] == ["main", "other"]
+
+
+def test_info_describes_the_installation(fastcm_cli):
+    facts = json.loads(fastcm_cli("info").stdout)
+    assert facts["torch"] == torch.__version__
+    assert "digits" in facts["configurations"]
+    assert facts["kernels"]["group_norm"].startswith("torch")
+
+
+def test_evaluate_refuses_a_model_of_other_images(fastcm_cli, tmp_path):
+    write_bundle(tmp_path / "other.safetensors", data="cifar10")
+    failed = fastcm_cli("evaluate", "other.safetensors")
+    assert failed.returncode == 2
+    assert "trained on 'cifar10'" in failed.stderr
+
+
+def test_evaluate_prints_every_distance(fastcm_cli, bundle):
+    printed = fastcm_cli("evaluate", "model.safetensors").stdout
+    for name in ("real against real", "untrained noise", "1 step", "2 steps"):
+        assert name in printed
+
+
+def test_public_functions_load_and_sample(bundle):
+    model = fastcm.load(bundle)
+    images = fastcm.sample(model, num=3, steps=1, seed=0)
+    assert images.shape == (3, 1, 8, 8)
+    denoised = model(images, sigma=0.5)
+    assert denoised.shape == images.shape
+    assert torch.equal(model(images, sigma=0.003), model(images, torch.full((3,), 0.003)))
+    torch.testing.assert_close(model(images, sigma=0.003), images, rtol=0, atol=1e-5)  # the boundary condition
+    assert all(not p.requires_grad for p in model.parameters())
+
+
+def test_load_takes_the_average_that_is_asked_for(bundle):
+    raw, main, other = (dict(fastcm.load(bundle, ema=ema).net.named_parameters())["map_layer0.weight"] for ema in ("net", "", "other"))
+    torch.testing.assert_close(main, raw * 0.9)
+    torch.testing.assert_close(other, raw * 0.8)
+
+
+def test_dry_run_prints_the_resolved_configuration_and_touches_nothing(fastcm_cli, tmp_path):
+    run = fastcm_cli("train", "ect_cifar10_1hour", "seed=7", "--dry-run")
+    assert run.returncode == 0
+    assert "seed: 7" in run.stdout
+    assert "configuration hash" in run.stdout
+    assert list(tmp_path.iterdir()) == []
