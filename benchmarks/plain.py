@@ -51,7 +51,9 @@ class PlainBlock(nn.Module):
 class PlainUNet(nn.Module):
     """DDPM++ for unconditional images."""
 
-    def __init__(self, resolution: int, channels: int, width: int, mults: tuple[int, ...], num_blocks: int, attention: int) -> None:
+    def __init__(
+        self, resolution: int, channels: int, width: int, mults: tuple[int, ...], num_blocks: int, attention: int
+    ) -> None:
         super().__init__()
         self.width, emb = width, 4 * width
         self.map_layer0, self.map_layer1 = nn.Linear(width, emb), nn.Linear(emb, emb)

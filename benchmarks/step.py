@@ -41,7 +41,9 @@ def plain_network(config: Config, resolution: int, channels: int) -> PlainUNet:
 def build_steps(name: str, phase: str, batch_size: int) -> dict[str, Callable[[], None]]:
     """The two contestants, with equal weights."""
     resolution, channels = RESOLUTIONS[name]
-    simple = [f"phases.{p}.{key}" for p in ("pretrain", "tune") for key in (f"batch_size={batch_size}", "dropout=0.0", "augment=0.0")]
+    simple = [
+        f"phases.{p}.{key}" for p in ("pretrain", "tune") for key in (f"batch_size={batch_size}", "dropout=0.0", "augment=0.0")
+    ]
     config = load_config(name, [*simple, "data.xflip=false", "phases.tune.objective.q=256", "compute.device=cpu"])
     dataset = random_dataset(resolution, channels)
     ours = Phase(config, phase, dataset, torch.device("cpu"), 0)
@@ -76,7 +78,9 @@ def main() -> None:
     for phase, objective in (("pretrain", "EDM"), ("tune", "ECT")):
         medians = measure(build_steps(arguments.config, phase, arguments.batch_size), arguments.rounds)
         rows.append({"objective": objective, **medians, "ratio": medians["plain"] / medians["fastcm"]})
-        print(f"{objective}: plain {medians['plain'] * 1e3:.1f} ms, fastcm {medians['fastcm'] * 1e3:.1f} ms, ratio {rows[-1]['ratio']:.2f}")
+        print(
+            f"{objective}: plain {medians['plain'] * 1e3:.1f} ms, fastcm {medians['fastcm'] * 1e3:.1f} ms, ratio {rows[-1]['ratio']:.2f}"
+        )
     if arguments.json:
         facts = {"config": arguments.config, "batch_size": arguments.batch_size, "torch": torch.__version__}
         facts |= {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}

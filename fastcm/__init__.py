@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "sample"]
 
-_LAZY = {"load": "fastcm.io.bundle", "sample": "fastcm.sampling.sample"}
+_LAZY = {"load": "fastcm.io.bundle", "sample": "fastcm.sampling.generate"}
 
 
 def __getattr__(name: str) -> Any:

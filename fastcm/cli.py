@@ -56,20 +56,43 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--steps", default=0, help="Network evaluations of a consistency model, Heun steps of a diffusion model; default 2 or 18.")
+@click.option(
+    "--steps", default=0, help="Network evaluations of a consistency model, Heun steps of a diffusion model; default 2 or 18."
+)
 @click.option("--num", default=64, show_default=True, type=click.IntRange(1), help="Number of images.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Names the latents, at any batch size.")
-@click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="A .png grid, an .npz, or a folder.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Names the latents, at any batch size."
+)
+@click.option(
+    "--out",
+    default="samples.png",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="A .png grid, an .npz, or a folder.",
+)
 @click.option("--label", type=click.IntRange(0), help="Class of every image; default a random one.")
-@click.option("--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more.")
+@click.option(
+    "--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more."
+)
 @click.option("--ema", default="", help="Weight average to use, or 'net' for the raw weights; default the first average.")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-def sample(model: Path, steps: int, num: int, seed: int, out: Path, label: int | None, mid_sigmas: tuple[float, ...], ema: str, batch_size: int, device: str) -> None:  # noqa: E501
+def sample(
+    model: Path,
+    steps: int,
+    num: int,
+    seed: int,
+    out: Path,
+    label: int | None,
+    mid_sigmas: tuple[float, ...],
+    ema: str,
+    batch_size: int,
+    device: str,
+) -> None:
     """Draw images from MODEL, a bundle or a run folder."""
     from fastcm.io.bundle import load
     from fastcm.io.images import save_images
-    from fastcm.sampling.sample import sample as draw
+    from fastcm.sampling.generate import sample as draw
     from fastcm.train.build import select_device
 
     network = load(model, ema=ema, device=select_device(device))

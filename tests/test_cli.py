@@ -30,7 +30,10 @@ def write_bundle(path, *, label_dim=0, sampler="consistency", kind="edm_boundary
         emas=("main", "other"),
         trained={"phase": "tune", "images": 5, "data": data},
     )
-    emas = {"main": {name: value * 0.9 for name, value in state.items()}, "other": {name: value * 0.8 for name, value in state.items()}}
+    emas = {
+        "main": {name: value * 0.9 for name, value in state.items()},
+        "other": {name: value * 0.8 for name, value in state.items()},
+    }
     save_bundle(path, header, state, emas)
     return path
 
@@ -73,7 +76,13 @@ def test_seed_names_the_same_images_at_any_batch_size(fastcm_cli, tmp_path, bund
 
 
 def test_steps_mid_sigma_and_average_change_the_images(fastcm_cli, tmp_path, bundle):
-    variants = [["--steps", "1"], ["--steps", "2"], ["--steps", "2", "--mid-sigma", "2.5"], ["--ema", "other"], ["--ema", "net"]]
+    variants = [
+        ["--steps", "1"],
+        ["--steps", "2"],
+        ["--steps", "2", "--mid-sigma", "2.5"],
+        ["--ema", "other"],
+        ["--ema", "net"],
+    ]
     images = [sampled(fastcm_cli, tmp_path, "--num", "3", *variant).tobytes() for variant in variants]
     assert len(set(images)) == len(variants)
 
@@ -170,7 +179,9 @@ def test_public_functions_load_and_sample(bundle):
 
 
 def test_load_takes_the_average_that_is_asked_for(bundle):
-    raw, main, other = (dict(fastcm.load(bundle, ema=ema).net.named_parameters())["map_layer0.weight"] for ema in ("net", "", "other"))
+    raw, main, other = (
+        dict(fastcm.load(bundle, ema=ema).net.named_parameters())["map_layer0.weight"] for ema in ("net", "", "other")
+    )
     torch.testing.assert_close(main, raw * 0.9)
     torch.testing.assert_close(other, raw * 0.8)
 

@@ -22,7 +22,9 @@ def message(*overrides, name="digits"):
 
 
 def test_every_shipped_configuration_loads():
-    assert {"digits", "edm_cifar10", "ect_cifar10", "ect_cifar10_1hour", "ect_imagenet64_adm", "smoke_cifar10"} <= set(shipped_configs())
+    assert {"digits", "edm_cifar10", "ect_cifar10", "ect_cifar10_1hour", "ect_imagenet64_adm", "smoke_cifar10"} <= set(
+        shipped_configs()
+    )
     for name in shipped_configs():
         assert load_config(name).phases
 

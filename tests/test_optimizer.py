@@ -47,7 +47,10 @@ def test_non_finite_step_changes_nothing_at_all(kind, bad):
     for step in range(8):
         set_gradients(params, step)
         average.update(torch.tensor(0.9), optimizer.step(LR)[0])
-    before = {k: v.clone() for k, v in {**params, **optimizer.state_dict(), **{f"ema{n}": a for n, a in average.averages.items()}}.items()}
+    before = {
+        k: v.clone()
+        for k, v in {**params, **optimizer.state_dict(), **{f"ema{n}": a for n, a in average.averages.items()}}.items()
+    }
     set_gradients(params, 9)
     params["b"].grad[1, 2] = bad
     finite, _ = optimizer.step(LR)

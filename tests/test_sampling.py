@@ -1,4 +1,4 @@
-"""Samplers and ``generate``: exactness on a known ODE, evaluation counts, reproducibility at any batch size."""
+"""Samplers and ``sample``: exactness on a known ODE, evaluation counts, reproducibility at any batch size."""
 
 import math
 
@@ -12,7 +12,7 @@ from fastcm.errors import ConfigError
 from fastcm.model import Model
 from fastcm.nn import UNet
 from fastcm.random import Stream
-from fastcm.sampling import Ablation, consistency_sigmas, generate, sample_ablation, sample_consistency, sample_heun
+from fastcm.sampling import Ablation, consistency_sigmas, sample, sample_ablation, sample_consistency, sample_heun
 from fastcm.sampling.common import clip_range
 from fastcm.sampling.generate import choose_labels
 
@@ -156,7 +156,7 @@ def test_samplers_return_double_precision_without_a_graph():
 )
 def test_number_of_network_evaluations(steps, sampler, evaluations):
     model = counting_model()
-    generate(model, 7, steps, 0, sampler=sampler, batch_size=3)
+    sample(model, 7, steps, 0, sampler=sampler, batch_size=3)
     assert model.net.sizes == [3] * evaluations + [3] * evaluations + [1] * evaluations
 
 
@@ -164,12 +164,12 @@ def test_number_of_network_evaluations(steps, sampler, evaluations):
 @pytest.mark.parametrize(("steps", "sampler"), [(4, "heun"), (3, "consistency")])
 def test_images_are_the_same_at_any_batch_size(steps, sampler, label_dim):
     model = unet_model(EDMBoundary() if sampler == "consistency" else EDM(), label_dim)
-    together = generate(model, 6, steps, 1, sampler=sampler)
+    together = sample(model, 6, steps, 1, sampler=sampler)
     assert together.shape == (6, *SHAPE)
     assert together.dtype == torch.float32
-    apart = generate(model, 6, steps, 1, sampler=sampler, batch_size=4)
+    apart = sample(model, 6, steps, 1, sampler=sampler, batch_size=4)
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
-    later = generate(model, 2, steps, 1, sampler=sampler, index_offset=3)
+    later = sample(model, 2, steps, 1, sampler=sampler, index_offset=3)
     torch.testing.assert_close(later, together[3:5], rtol=1e-4, atol=1e-4)
 
 
@@ -183,7 +183,7 @@ def test_latents_are_bit_identical_at_any_batch_size():
 
     model = Model(Keep(), EDM(), SHAPE)
     for batch_size in (5, 2, 1):
-        generate(model, 5, 2, 9, sampler="consistency", batch_size=batch_size)
+        sample(model, 5, 2, 9, sampler="consistency", batch_size=batch_size)
     together = torch.cat(seen[:2])
     halves = torch.cat([seen[i] for i in (2, 4, 6, 3, 5, 7)])
     singles = torch.cat([seen[i] for i in (*range(8, 18, 2), *range(9, 18, 2))])
@@ -193,7 +193,7 @@ def test_latents_are_bit_identical_at_any_batch_size():
 
 def test_seed_decides_the_images_and_the_global_generator_does_not():
     model, before = counting_model(), torch.get_rng_state()
-    first, again, other = (generate(model, 2, 3, seed) for seed in (5, 5, 6))
+    first, again, other = (sample(model, 2, 3, seed) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.isclose(first, other).any(dim=(1, 2, 3)).all()
     assert torch.equal(torch.get_rng_state(), before)
@@ -201,7 +201,7 @@ def test_seed_decides_the_images_and_the_global_generator_does_not():
 
 @pytest.mark.parametrize("sampler", ["heun", "consistency"])
 def test_sampling_never_waits_for_the_device(sampler):
-    images = generate(unet_model(label_dim=4).to("meta"), 5, 3, 0, sampler=sampler, batch_size=2)
+    images = sample(unet_model(label_dim=4).to("meta"), 5, 3, 0, sampler=sampler, batch_size=2)
     assert images.is_meta
 
 
@@ -222,7 +222,7 @@ def test_network_is_evaluated_inside_its_range_only(precond):
             sigmas.append(sigma.double())
             return super().forward(x_NCHW, sigma, *arguments, **conditions)
 
-    generate(Keep(Counter(), precond, SHAPE), 1, 6, 0)
+    sample(Keep(Counter(), precond, SHAPE), 1, 6, 0)
     levels = torch.cat(sigmas)
     assert (levels >= precond.sigma_min * (1 - 1e-6)).all()
     assert (levels <= precond.sigma_max * (1 + 1e-6)).all()
@@ -236,11 +236,11 @@ def test_range_of_an_outside_denoiser_is_unlimited():
 
 def test_labels_choose_the_class_of_each_image():
     model, ids = counting_model(label_dim=4), torch.tensor([3, 0, 1])
-    by_id = generate(model, 3, 2, 0, labels=ids, sampler="consistency")
+    by_id = sample(model, 3, 2, 0, labels=ids, sampler="consistency")
     rows = nn.functional.one_hot(ids, 4).float()
-    assert torch.equal(generate(model, 3, 2, 0, labels=rows, sampler="consistency"), by_id)
-    torch.testing.assert_close(generate(model, 3, 2, 0, labels=3, sampler="consistency")[0], by_id[0])
-    assert torch.equal(generate(model, 3, 2, 0, labels=ids, sampler="consistency", batch_size=2), by_id)
+    assert torch.equal(sample(model, 3, 2, 0, labels=rows, sampler="consistency"), by_id)
+    torch.testing.assert_close(sample(model, 3, 2, 0, labels=3, sampler="consistency")[0], by_id[0])
+    assert torch.equal(sample(model, 3, 2, 0, labels=ids, sampler="consistency", batch_size=2), by_id)
 
 
 def test_classes_are_drawn_evenly_when_none_are_given():
@@ -269,12 +269,12 @@ def test_classes_are_drawn_evenly_when_none_are_given():
 def test_impossible_requests_say_why(change, message):
     request = {"num": 3, "steps": 2, "seed": 0} | change
     with pytest.raises(ConfigError, match=message):
-        generate(counting_model(label_dim=4), **request)
+        sample(counting_model(label_dim=4), **request)
 
 
 def test_labels_for_a_model_without_classes_say_why():
     with pytest.raises(ConfigError, match="no classes"):
-        generate(counting_model(), 2, 2, 0, labels=1)
+        sample(counting_model(), 2, 2, 0, labels=1)
 
 
 @pytest.mark.parametrize("sample", [sample_heun, sample_consistency])

@@ -130,7 +130,9 @@ def _interrupt(tiny, number, after_images):
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         metrics = run / "metrics.jsonl"
-        if metrics.is_file() and any(json.loads(line)["images"] >= after_images for line in metrics.read_text().splitlines()[:-1]):
+        if metrics.is_file() and any(
+            json.loads(line)["images"] >= after_images for line in metrics.read_text().splitlines()[:-1]
+        ):
             process.send_signal(number)
             break
         time.sleep(0.01)
@@ -230,7 +232,9 @@ def test_phase_starts_from_a_given_bundle(fastcm_cli, tiny, finished):
 
 
 def test_bundle_of_another_architecture_is_exit_3_naming_the_key(fastcm_cli, tiny, finished):
-    failed = fastcm_cli("train", tiny, f"phases.pretrain.init={finished / 'model.safetensors'}", "network.model_channels=16", "--out", "x")
+    failed = fastcm_cli(
+        "train", tiny, f"phases.pretrain.init={finished / 'model.safetensors'}", "network.model_channels=16", "--out", "x"
+    )
     assert failed.returncode == 3
     assert "the file belongs to another architecture" in failed.stderr
     assert "'net/" in failed.stderr
@@ -258,7 +262,9 @@ def test_full_disk_while_training_is_exit_3_and_the_previous_save_survives(fastc
     limit = (finished / "checkpoints" / "000000000320" / "state.safetensors").stat().st_size // 2
     code = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\nfrom fastcm.cli import main\nmain()"
     command = [sys.executable, "-c", code, "train", str(tiny), "phases.tune.duration_images=192", "--out", str(finished)]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    failed = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert failed.returncode == 3, failed.stderr
     assert "cannot write" in failed.stderr
     assert "untouched" in failed.stderr

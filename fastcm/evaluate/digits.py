@@ -23,7 +23,7 @@ from fastcm.io.bundle import MODEL_FILE, load, read_bundle, resolve_bundle
 from fastcm.io.images import to_uint8
 from fastcm.model import Model
 from fastcm.random import Stream
-from fastcm.sampling.sample import sample
+from fastcm.sampling.generate import sample
 
 NUM_FEATURES = 64
 EVALUATION_FILE = "evaluation.json"

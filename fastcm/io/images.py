@@ -26,7 +26,9 @@ def grid_image(images_NHWC: np.ndarray, columns: int) -> Image.Image:
     rows = -(-num // columns)
     cells = np.zeros((rows * columns, height, width, channels), np.uint8)
     cells[:num] = images_NHWC
-    sheet = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    sheet = (
+        cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    )
     factor = max(1, MIN_CELL // width)
     image = to_pil(sheet)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,8 +1,8 @@
-"""Samplers in k-diffusion's convention, and ``generate``, which makes images from a model and a seed."""
+"""Samplers in k-diffusion's convention, and ``sample``, which makes images from a model and a seed."""
 
 from fastcm.sampling.ablation import Ablation, sample_ablation
 from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
 from fastcm.sampling.edm import sample_heun
-from fastcm.sampling.generate import generate
+from fastcm.sampling.generate import sample
 
-__all__ = ["Ablation", "consistency_sigmas", "generate", "sample_ablation", "sample_consistency", "sample_heun"]
+__all__ = ["Ablation", "consistency_sigmas", "sample", "sample_ablation", "sample_consistency", "sample_heun"]

@@ -16,17 +16,18 @@ from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
 from fastcm.sampling.edm import sample_heun
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": sample_heun, "consistency": sample_consistency}
+DEFAULT_STEPS = {"heun": 18, "consistency": 2}
 
 
-def generate(
+def sample(
     model: Model,
     num: int,
-    steps: int,
-    seed: int,
+    steps: int = 0,
+    seed: int = 0,
     *,
     labels: int | Int64[Tensor, " num"] | Float[Tensor, "num L"] | None = None,
     batch_size: int = 256,
-    sampler: Literal["heun", "consistency"] = "heun",
+    sampler: Literal["heun", "consistency", ""] = "",
     mid_sigmas: Sequence[float] | None = None,
     index_offset: int = 0,
     sigma_min: float = 0.002,
@@ -36,9 +37,11 @@ def generate(
     """``num`` images in about [-1, 1], fp32, on the model's device.
 
     Image j has the global index index_offset + j; its latent, step noise and random label depend on that, on the seed
-    and on nothing else. steps: noise levels above 0; "heun" makes 2 steps - 1 network evaluations, "consistency" steps.
+    and on nothing else. steps: noise levels above 0; "heun" makes 2 steps - 1 network evaluations, "consistency" steps; 0 means 18 and 2.
+    sampler: the model's own (``model.sampling``) unless given.
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
-    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", see ``consistency_sigmas``.
+    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own,
+    see ``consistency_sigmas``.
     sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), clipped to the model's range.
     Raises ConfigError for arguments that cannot work.
     """
@@ -70,7 +73,7 @@ def step_noise(seed: int, index_N: Int64[Tensor, " N"], image_shape: tuple[int, 
 def choose_labels(
     labels: int | Tensor | None, index: Int64[Tensor, " num"], seed: int, label_dim: int
 ) -> Int64[Tensor, " num"] | Float[Tensor, "num L"] | None:
-    """Labels for ``generate``: the given ones, checked, or classes drawn from the stream "labels".
+    """Labels for ``sample``: the given ones, checked, or classes drawn from the stream "labels".
 
     Raises ConfigError for labels that the model does not have.
     """

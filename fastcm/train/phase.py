@@ -43,14 +43,20 @@ class Phase:
         self.averages = {ema: WeightAverage(parameters) for ema in self.settings.emas}
         augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
         self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
-        self.gradient = GradientStep(self.model, self.objective, config.seed, self.settings.microbatch_size, compile_step(config, device))
+        self.gradient = GradientStep(
+            self.model, self.objective, config.seed, self.settings.microbatch_size, compile_step(config, device)
+        )
         self.meter = LossMeter(device)
 
     def _build_model(self, data: ResidentDataset) -> Model:
         header, settings = self.header, self.settings
         net = build_network(self.config.network, data.image_shape, header.label_dim, header.augment_dim, settings.dropout)
         dtype = DTYPES[self.config.compute.dtype]
-        return Model(net, self.objective.precond, data.image_shape, label_dim=header.label_dim, dtype=dtype).to(self.device).train()
+        return (
+            Model(net, self.objective.precond, data.image_shape, label_dim=header.label_dim, dtype=dtype)
+            .to(self.device)
+            .train()
+        )
 
     @property
     def finished(self) -> bool:
@@ -115,7 +121,11 @@ class Phase:
         state = {f"net/{name}": value for name, value in self.model.net.state_dict().items()}
         for ema, average in self.averages.items():
             state |= {f"ema/{ema}/{name}": value for name, value in average.averages.items()}
-        return state | {f"optimizer/{name}": value for name, value in self.optimizer.state_dict().items()} | {"meter": self.meter.totals}
+        return (
+            state
+            | {f"optimizer/{name}": value for name, value in self.optimizer.state_dict().items()}
+            | {"meter": self.meter.totals}
+        )
 
     def load_tensors(self, tensors: Mapping[str, Tensor], images: int, origin: Path) -> None:
         """Continue from what ``tensors`` returned after ``images`` images; raises CheckpointError on any mismatch."""
@@ -141,7 +151,13 @@ def phase_header(config: Config, name: str, data: ResidentDataset) -> BundleHead
         preconditioner=precond,
         sampling=sampling,
         emas=tuple(config.phases[name].emas),
-        trained={"phase": name, "images": 0, "config_hash": config.hash, "data": config.data.kind, "fingerprint": data.fingerprint},
+        trained={
+            "phase": name,
+            "images": 0,
+            "config_hash": config.hash,
+            "data": config.data.kind,
+            "fingerprint": data.fingerprint,
+        },
     )
 
 

@@ -61,7 +61,10 @@ def _grids(samples: Path) -> dict[str, list[tuple[str, str]]]:
     for path in sorted(samples.glob("*.png")):
         kind, _, _ = path.stem.rpartition("-")
         kinds.setdefault(kind, []).append(path)
-    return {kind: [(path.stem.rpartition("-")[2].lstrip("0") or "0", _data_uri(path)) for path in _spread(paths)] for kind, paths in kinds.items()}
+    return {
+        kind: [(path.stem.rpartition("-")[2].lstrip("0") or "0", _data_uri(path)) for path in _spread(paths)]
+        for kind, paths in kinds.items()
+    }
 
 
 def _spread(paths: list[Path]) -> list[Path]:

@@ -79,7 +79,9 @@ class Telemetry:
         loss = "not finite" if values["loss"] is None else f"{values['loss']:.4g}"
         self.bar.set_postfix_str(f"loss {loss}")
         if self.bar.disable:
-            log.info("%s %d/%d images, loss %s, %.0f img/s, %.0f s left", self.phase, images, self.duration_images, loss, rate, left)
+            log.info(
+                "%s %d/%d images, loss %s, %.0f img/s, %.0f s left", self.phase, images, self.duration_images, loss, rate, left
+            )
         self.logged_images, self.busy_since = images, time.perf_counter()
 
     def resume_clock(self) -> None:

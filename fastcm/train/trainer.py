@@ -13,7 +13,7 @@ from fastcm.config import Config
 from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import Interrupted
 from fastcm.io.images import save_grid
-from fastcm.sampling.sample import sample
+from fastcm.sampling.generate import sample
 from fastcm.train.build import open_dataset, precision, select_device
 from fastcm.train.checkpoint import load_newest, save_checkpoint
 from fastcm.train.phase import Phase
@@ -98,7 +98,9 @@ class Trainer:
                 self.save(phase)
             if self.stop and not phase.finished:
                 telemetry.close()
-                raise Interrupted(f"stopped by {self.stop.reason} at {phase.images} images of {phase.name}, saved; run it again to resume")
+                raise Interrupted(
+                    f"stopped by {self.stop.reason} at {phase.images} images of {phase.name}, saved; run it again to resume"
+                )
         telemetry.close()
         phase.save_bundle(self.run_folder.path / f"{phase.name}.safetensors")
 
