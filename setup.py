@@ -31,6 +31,7 @@ DEV_DEPENDENCIES = [
     "beartype>=0.18",
     "ruff>=0.6",
     "build>=1.2",
+    "setuptools>=77",
 ]
 
 setup(
@@ -39,7 +40,7 @@ setup(
     description="Train and sample few-step image generators, fast: Easy Consistency Tuning and Consistency Trajectory Models",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={"fastcm": "fastcm", "fastcm.kernels": "kernels", "fastcm.configs": "configs"},

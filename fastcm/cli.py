@@ -57,7 +57,9 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--steps", default=0, help="Network evaluations of a consistency model, Heun steps of a diffusion model; default 2 or 18."
+    "--steps",
+    type=click.IntRange(1),
+    help="Network evaluations of a consistency model, Heun steps of a diffusion model; default 2 or 18.",
 )
 @click.option("--num", default=64, show_default=True, type=click.IntRange(1), help="Number of images.")
 @click.option(
@@ -79,7 +81,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def sample(
     model: Path,
-    steps: int,
+    steps: int | None,
     num: int,
     seed: int,
     out: Path,

@@ -98,7 +98,7 @@ def test_label_selects_the_class(fastcm_cli, tmp_path):
     [
         (["--label", "1"], 2, "no classes"),
         (["--steps", "3", "--mid-sigma", "1.0"], 2, "mid_sigmas"),
-        (["--steps", "-1"], 2, "steps"),
+        (["--steps", "0"], 2, "steps"),
         (["--ema", "nothing"], 3, "no weight average 'nothing'; it has main, other and net"),
         (["--out", "picture.jpg"], 2, "give a .png"),
         (["--num", "0"], 2, "--num"),

@@ -260,7 +260,13 @@ def test_second_run_in_a_busy_folder_is_refused(fastcm_cli, tiny):
 def test_full_disk_while_training_is_exit_3_and_the_previous_save_survives(fastcm_cli, tiny, finished):
     # A real limit on the file size stands in for a full disk: writes past it fail with an OS error.
     limit = (finished / "checkpoints" / "000000000320" / "state.safetensors").stat().st_size // 2
-    code = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\nfrom fastcm.cli import main\nmain()"
+    code = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "from fastcm.cli import main\n"
+        "main()"
+    )
     command = [sys.executable, "-c", code, "train", str(tiny), "phases.tune.duration_images=192", "--out", str(finished)]
     failed = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}

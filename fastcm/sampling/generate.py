@@ -22,12 +22,12 @@ DEFAULT_STEPS = {"heun": 18, "consistency": 2}
 def sample(
     model: Model,
     num: int,
-    steps: int = 0,
+    steps: int | None = None,
     seed: int = 0,
     *,
     labels: int | Int64[Tensor, " num"] | Float[Tensor, "num L"] | None = None,
     batch_size: int = 256,
-    sampler: Literal["heun", "consistency", ""] = "",
+    sampler: Literal["heun", "consistency"] | None = None,
     mid_sigmas: Sequence[float] | None = None,
     index_offset: int = 0,
     sigma_min: float = 0.002,
@@ -37,27 +37,31 @@ def sample(
     """``num`` images in about [-1, 1], fp32, on the model's device.
 
     Image j has the global index index_offset + j; its latent, step noise and random label depend on that, on the seed
-    and on nothing else. steps: noise levels above 0; "heun" makes 2 steps - 1 network evaluations, "consistency" steps; 0 means 18 and 2.
-    sampler: the model's own (``model.sampling``) unless given.
+    and on nothing else. sampler: the model's own (``model.sampling``) unless given. steps: noise levels above 0; "heun"
+    makes 2 steps - 1 network evaluations, "consistency" steps; by default 18
+    and 2.
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
-    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own,
-    see ``consistency_sigmas``.
-    sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), clipped to the model's range.
+    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own, see
+    ``consistency_sigmas``. sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), clipped to the
+    model's range.
     Raises ConfigError for arguments that cannot work.
     """
+    sampler = model.sampling.sampler if sampler is None else sampler
     _check(num, batch_size, sampler, mid_sigmas)
+    steps = DEFAULT_STEPS[sampler] if steps is None else steps
     device = next(model.parameters()).device
     low, high = clip_range(model, sigma_min, sigma_max)
     if sampler == "consistency":
-        sigmas = consistency_sigmas(steps, mid_sigmas, high, device)
+        own = model.sampling.mid_sigmas
+        sigmas = consistency_sigmas(steps, own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas, high, device)
     else:
         sigmas = round_sigmas(model, karras_sigmas(steps, low, high, rho, device))
     index = torch.arange(index_offset, index_offset + num, device=device)
     labels = choose_labels(labels, index, seed, model.label_dim)
     indices = index.split(batch_size)
     per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
-    sample = SAMPLERS[sampler]
-    return torch.cat([_sample(model, sample, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
+    run = SAMPLERS[sampler]
+    return torch.cat([_sample(model, run, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
 
 
 def latents(seed: int, index_N: Int64[Tensor, " N"], image_shape: tuple[int, int, int]) -> Float32[Tensor, "N C H W"]:

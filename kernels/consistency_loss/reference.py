@@ -4,27 +4,28 @@ Shapes: N samples, C channels, H by W pixels. Arithmetic is fp32, or fp64 where 
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 DISTANCES = ("l2", "squared", "pseudo_huber")
 
 
 def consistency_loss(
-    F_t: Tensor,
-    x_t: Tensor,
-    c_skip_t: Tensor,
-    c_out_t: Tensor,
-    clean: Tensor,
-    weight_N: Tensor,
+    F_t: Float[Tensor, "N C H W"],
+    x_t: Float[Tensor, "N C H W"],
+    c_skip_t: Float[Tensor, " N"],
+    c_out_t: Float[Tensor, " N"],
+    clean: Float[Tensor, "N C H W"],
+    weight_N: Float[Tensor, " N"],
     *,
-    F_r: Tensor | None = None,
-    x_r: Tensor | None = None,
-    c_skip_r: Tensor | None = None,
-    c_out_r: Tensor | None = None,
-    boundary_N: Tensor | None = None,
+    F_r: Float[Tensor, "N C H W"] | None = None,
+    x_r: Float[Tensor, "N C H W"] | None = None,
+    c_skip_r: Float[Tensor, " N"] | None = None,
+    c_out_r: Float[Tensor, " N"] | None = None,
+    boundary_N: Bool[Tensor, " N"] | None = None,
     distance: str = "l2",
     c: float = 0.0,
-) -> Tensor:
+) -> Float[Tensor, " N"]:
     """Weighted distance of the student's denoised image to its target, one number per sample.
 
     loss = weight d(D_t - target), D_t = c_skip_t x_t + c_out_t F_t; the target carries no gradient: it is ``clean``

@@ -8,17 +8,24 @@ Shapes: N samples, P pixels, C channels.
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
 def two_pass_norm(
-    x_NCHW: Tensor, num_groups: int, gain_NC: Tensor, offset_NC: Tensor, eps: float, addend_NC: Tensor | None
-) -> Tensor:
+    x_NCHW: Float[Tensor, "N C H W"],
+    num_groups: int,
+    gain_NC: Float[Tensor, "#N C"],
+    offset_NC: Float[Tensor, "#N C"],
+    eps: float,
+    addend_NC: Float[Tensor, "N C"] | None,
+) -> Float[Tensor, "N C H W"]:
     """y = (x + addend - mean) / sqrt(var + eps) * gain + offset; gain and offset may have one row for all samples."""
     height_width = x_NCHW.shape[2:]
     x_NPC = x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
-    if torch.is_grad_enabled() and x_NCHW.requires_grad:
+    # A compiler differentiates and fuses the plain passes itself.
+    if torch.is_grad_enabled() and x_NCHW.requires_grad and not torch.compiler.is_compiling():
         y_NPC = _TwoPassNorm.apply(x_NPC, addend_NC, gain_NC, offset_NC, num_groups, eps)
     else:
         y_NPC = _forward(x_NPC, addend_NC, gain_NC, offset_NC, num_groups, eps)[0]

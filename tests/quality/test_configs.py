@@ -56,7 +56,9 @@ def test_config_builds_its_network_and_objectives(name):
         assert all(isinstance(value, float) for value in objective.schedule(0).values())
         sampling_form(phase.objective)
         with torch.device("meta"):
-            net = build_network(config.network, (3, resolution, resolution), 10 * config.data.conditional, 9 * bool(phase.augment), 0.1)
+            net = build_network(
+                config.network, (3, resolution, resolution), 10 * config.data.conditional, 9 * bool(phase.augment), 0.1
+            )
         assert sum(parameter.numel() for parameter in net.parameters()) > 10_000
 
 
