@@ -51,6 +51,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
     if resolved.telemetry.evaluate:
         _print_distances(evaluate_path(run.path, select_device(resolved.compute.device)))
         write_report(run)
+        click.echo(f"compare:  {run.comparison}")
     click.echo(f"pictures: {run.samples}\nreport:   {run.report}\nmodel:    {run.bundle}")
 
 

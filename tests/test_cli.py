@@ -53,7 +53,7 @@ def sampled(fastcm_cli, tmp_path, *arguments, name="out.npz"):
 def test_sample_writes_a_grid(fastcm_cli, tmp_path, bundle):
     assert fastcm_cli("sample", bundle, "--num", "9", "--out", "grid.png").returncode == 0
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (96, 96)  # three by three images of eight pixels, enlarged four times
+        assert grid.size == (100, 100)  # three by three images of eight pixels, enlarged four times, and two lines
 
 
 def test_sample_writes_a_folder_and_an_npz_of_the_same_images(fastcm_cli, tmp_path, bundle):

@@ -102,7 +102,7 @@ def test_one_command_trains_both_phases_and_leaves_everything_to_look_at(finishe
     pictures = {path.name for path in (finished / "samples").iterdir()}
     assert {f"pretrain-{kind}-000000000064.png" for kind in ("1step", "2step", "heun")} <= pictures
     assert {f"tune-{kind}-000000000128.png" for kind in ("1step", "2step")} <= pictures
-    assert picture_size(finished / "samples" / "tune-1step-000000000128.png") == (64, 64)
+    assert picture_size(finished / "samples" / "tune-1step-000000000128.png") == (66, 66)
     assert picture_size(finished / "loss.png")[0] > 500
     report = (finished / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 6

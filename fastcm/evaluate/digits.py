@@ -20,13 +20,15 @@ from fastcm.errors import ConfigError
 from fastcm.evaluate.frechet import frechet_distance
 from fastcm.io.atomic import atomic_write
 from fastcm.io.bundle import MODEL_FILE, load, read_bundle, resolve_bundle
-from fastcm.io.images import to_uint8
+from fastcm.io.images import save_side_by_side, to_uint8
 from fastcm.model import Model
 from fastcm.random import Stream
 from fastcm.sampling.generate import sample
 
 NUM_FEATURES = 64
 EVALUATION_FILE = "evaluation.json"
+COMPARISON_FILE = "comparison.png"
+PICTURE_COLUMNS = 8
 HEUN_STEPS = 18  # 35 network evaluations
 NUM_SPLITS = 8  # of the real images into halves
 NUM_SETS = 2  # of samples
@@ -61,10 +63,10 @@ class DigitEvaluator:
     def __init__(self, dataset: ResidentDataset) -> None:
         if dataset.labels is None or dataset.image_shape != (1, 8, 8):
             raise ConfigError(f"{dataset.name}: only the embedded digits have a built-in feature network to evaluate with")
-        images, labels = dataset.images.cpu().numpy(), dataset.labels.cpu().numpy()
-        self.features = DigitFeatures(images, labels)
-        self.num = len(images) // 2
-        real, index = self.features(images), torch.arange(len(images))
+        self.images = dataset.images.cpu().numpy()
+        self.features = DigitFeatures(self.images, dataset.labels.cpu().numpy())
+        self.num = len(self.images) // 2
+        real, index = self.features(self.images), torch.arange(len(self.images))
         orders = (Stream(0, "evaluation halves").bits(index, draw=split).argsort(stable=True) for split in range(NUM_SPLITS))
         self.splits = [(real[order[: self.num]], real[order[self.num : 2 * self.num]]) for order in orders]
 
@@ -79,20 +81,20 @@ class DigitEvaluator:
         sets = self.features(images_NHWC).reshape(-1, self.num, NUM_FEATURES)
         return float(np.mean([frechet_distance(one, half) for one in sets for halves in self.splits for half in halves]))
 
-    def model_distances(self, model: Model, seed: int = 0) -> dict[str, float]:
-        """35-evaluation Heun for a diffusion model, 1 and 2 steps for a consistency model."""
+    def samples(self, model: Model, seed: int = 0) -> dict[str, np.ndarray]:
+        """Sample sets to measure, by name: 35-evaluation Heun of a diffusion model, 2 and 1 steps of a consistency model."""
         if model.sampling.sampler == "heun":
             names = {f"{2 * HEUN_STEPS - 1}-evaluation Heun": HEUN_STEPS}
         else:
             names = {"2 steps": 2, "1 step": 1}
-        count = NUM_SETS * self.num
-        return {name: self.distance(to_uint8(sample(model, count, steps, seed))) for name, steps in names.items()}
+        return {name: to_uint8(sample(model, NUM_SETS * self.num, steps, seed)) for name, steps in names.items()}
 
 
 def evaluate_path(path: Path, device: torch.device, seed: int = 0) -> dict[str, float]:
     """Distances of the reference sets, and of a bundle or of every finished phase of a run folder.
 
-    For a run folder the result is also written to its ``evaluation.json``. Raises ConfigError for models that were not
+    For a run folder the result is also written to its ``evaluation.json``, and a picture of the real images and the
+    samples side by side to ``comparison.png``. Raises ConfigError for models that were not
     trained on the digits, CheckpointError for files that are missing or damaged.
     """
     phases = [file for file in path.glob("*.safetensors") if file.name != MODEL_FILE] if path.is_dir() else []
@@ -101,10 +103,12 @@ def evaluate_path(path: Path, device: torch.device, seed: int = 0) -> dict[str, 
         kind = read_bundle(bundle)[1].trained.get("data")
         if kind != DataConfig().kind:
             raise ConfigError(f"{bundle} was trained on '{kind}': only the embedded digits have a built-in feature network")
-    evaluator = DigitEvaluator(load_resident(open_source("digits", "")))
-    distances = evaluator.references()
+    evaluator, sets = DigitEvaluator(load_resident(open_source("digits", ""))), {}
     for bundle in bundles:
-        distances |= evaluator.model_distances(load(bundle, device=device), seed)
+        sets |= evaluator.samples(load(bundle, device=device), seed)
+    distances = evaluator.references() | {name: evaluator.distance(images) for name, images in sets.items()}
     if path.is_dir():
         atomic_write(path / EVALUATION_FILE, json.dumps(distances, indent=1))
+        shown = [images[: PICTURE_COLUMNS**2] for images in (evaluator.images, *sets.values())]
+        save_side_by_side(path / COMPARISON_FILE, shown, PICTURE_COLUMNS)
     return distances

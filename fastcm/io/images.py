@@ -11,7 +11,8 @@ from torch import Tensor
 from fastcm.errors import ConfigError
 from fastcm.io.atomic import atomic_path, atomic_write
 
-MIN_CELL = 32  # smaller images are enlarged by a whole factor, so that a person can see them
+MIN_CELL = 32  # pixels; smaller images are enlarged, so that a person can see them
+LINE = 2  # pixels between the images of a grid
 
 
 def to_uint8(images_NCHW: Tensor) -> np.ndarray:
@@ -21,17 +22,16 @@ def to_uint8(images_NCHW: Tensor) -> np.ndarray:
 
 
 def grid_image(images_NHWC: np.ndarray, columns: int) -> Image.Image:
-    """Lay uint8 images out row by row."""
-    num, height, width, channels = images_NHWC.shape
-    rows = -(-num // columns)
-    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
-    cells[:num] = images_NHWC
-    sheet = (
-        cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
-    )
-    factor = max(1, MIN_CELL // width)
-    image = to_pil(sheet)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    """Lay uint8 images out row by row with a white line between them; small ones are enlarged by a whole factor."""
+    factor = max(1, MIN_CELL // images_NHWC.shape[2])
+    cells = images_NHWC.repeat(factor, axis=1).repeat(factor, axis=2)
+    num, height, width, channels = cells.shape
+    rows, down, across = -(-num // columns), height + LINE, width + LINE
+    sheet = np.full((rows * down - LINE, columns * across - LINE, channels), 255, np.uint8)
+    for number, cell in enumerate(cells):
+        top, left = number // columns * down, number % columns * across
+        sheet[top : top + height, left : left + width] = cell
+    return to_pil(sheet)
 
 
 def to_pil(image_HWC: np.ndarray) -> Image.Image:
@@ -42,6 +42,18 @@ def to_pil(image_HWC: np.ndarray) -> Image.Image:
 def save_grid(path: Path, images_NCHW: Tensor, columns: int) -> None:
     """Write a grid of images in [-1, 1] as PNG."""
     atomic_write(path, _png(grid_image(to_uint8(images_NCHW), columns)))
+
+
+def save_side_by_side(path: Path, sets: list[np.ndarray], columns: int) -> None:
+    """Write one grid per set of uint8 NHWC images, from left to right with a white gap between them, as PNG."""
+    grids = [grid_image(images, columns) for images in sets]
+    gap = grids[0].width // columns
+    sheet = Image.new(grids[0].mode, (sum(grid.width + gap for grid in grids) - gap, grids[0].height), "white")
+    left = 0
+    for grid in grids:
+        sheet.paste(grid, (left, 0))
+        left += grid.width + gap
+    atomic_write(path, _png(sheet))
 
 
 def save_images(path: Path, images_NCHW: Tensor, labels_N: Tensor | None = None) -> None:

@@ -1,12 +1,34 @@
-"""Adam and RAdam over a list of tensors, without a host sync, where a non-finite gradient changes nothing at all.
+"""Adam, RAdam and weight averages on flat fp32 state, without a host sync; a non-finite gradient changes nothing at all.
 
-The learning rate is a tensor and the step count lives on the device, so one captured graph serves every step.
+The state of all parameters is one tensor each, so a step is a dozen operations however many parameters there are. The
+learning rate is a tensor and the step count lives on the device, so one captured graph serves every step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+
+class FlatLayout:
+    """Where each named parameter lies in a flat tensor [P], in the memory order of the parameter (no copy of layout)."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.names = list(params)
+        self.orders = [sorted(range(p.ndim), key=p.stride, reverse=True) for p in params.values()]
+        self.shapes = [[p.shape[axis] for axis in order] for p, order in zip(params.values(), self.orders, strict=True)]
+        self.inverses = [sorted(range(len(order)), key=order.__getitem__) for order in self.orders]
+        self.sizes = [p.numel() for p in params.values()]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor after the other, [P]."""
+        pairs = zip(tensors, self.orders, strict=True)
+        return torch.cat([value.detach().permute(order).reshape(-1) for value, order in pairs])
+
+    def views(self, flat_P: Tensor) -> dict[str, Tensor]:
+        """The parts of a flat tensor by parameter name, with the shapes and strides of the parameters."""
+        parts = zip(self.names, flat_P.split(self.sizes), self.shapes, self.inverses, strict=True)
+        return {name: part.view(shape).permute(inverse) for name, part, shape, inverse in parts}
 
 
 class Optimizer:
@@ -19,12 +41,13 @@ class Optimizer:
     """
 
     def __init__(self, params: Mapping[str, Tensor], kind: str, betas: tuple[float, float], eps: float) -> None:
-        self.names = list(params)
         self.params = list(params.values())
+        self.layout = FlatLayout(params)
         self.kind, self.betas, self.eps = kind, betas, eps
-        self.exp_avg = [torch.zeros_like(p, requires_grad=False) for p in self.params]
-        self.exp_avg_sq = [torch.zeros_like(p, requires_grad=False) for p in self.params]
-        self.num_steps = torch.zeros((), dtype=torch.float32, device=self.params[0].device)
+        device = self.params[0].device
+        self.exp_avg_P = torch.zeros(sum(self.layout.sizes), device=device)
+        self.exp_avg_sq_P = torch.zeros_like(self.exp_avg_P)
+        self.num_steps = torch.zeros((), device=device)
 
     @torch.no_grad()
     def step(self, lr: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,23 +56,18 @@ class Optimizer:
         finite is 0 where the norm of all gradients is not a finite number; then parameters, moments and the step
         count keep their bits. A parameter without a gradient counts as one with a gradient of zero.
         """
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
-        not_finite = ~torch.isfinite(norm)
-        finite = 1 - not_finite.float()
-        for grad in grads:
-            grad.masked_fill_(not_finite, 0.0)  # NaN times zero would still be NaN
+        grad_P = self.layout.flatten([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params])
+        norm = torch.linalg.vector_norm(grad_P)
+        is_finite = norm.isfinite()
+        finite = is_finite.float()
+        grad_P = torch.where(is_finite, grad_P, 0)  # NaN times zero would still be NaN
         self.num_steps += finite
         a, s, e = self._scalars(lr)
         beta1, beta2 = self.betas
-        _lerp_(self.exp_avg_sq, torch._foreach_mul(grads, grads), (1 - beta2) * finite)
-        _lerp_(self.exp_avg, grads, (1 - beta1) * finite)
-        update = torch._foreach_sqrt(self.exp_avg_sq)
-        torch._foreach_mul_(update, s)
-        torch._foreach_add_(update, e)
-        update = torch._foreach_div(self.exp_avg, update)
-        torch._foreach_mul_(update, -a * finite)
-        torch._foreach_add_(self.params, update)
+        self.exp_avg_P.lerp_(grad_P, (1 - beta1) * finite)
+        self.exp_avg_sq_P.lerp_(grad_P.square_(), (1 - beta2) * finite)
+        update_P = self.exp_avg_P / self.exp_avg_sq_P.sqrt().mul_(s).add_(e)
+        torch._foreach_add_(self.params, list(self.layout.views(update_P.mul_(-a * finite)).values()))
         for p in self.params:
             p.grad = None
         return finite, norm
@@ -71,11 +89,10 @@ class Optimizer:
         return a.float(), s.float(), e.float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments by parameter name, and the step count."""
-        state = {"num_steps": self.num_steps}
-        for name, first, second in zip(self.names, self.exp_avg, self.exp_avg_sq, strict=True):
-            state |= {f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second}
-        return state
+        """Moments by parameter name, and the step count; views of the live state."""
+        first, second = self.layout.views(self.exp_avg_P), self.layout.views(self.exp_avg_sq_P)
+        state = {f"exp_avg/{name}": value for name, value in first.items()}
+        return state | {f"exp_avg_sq/{name}": value for name, value in second.items()} | {"num_steps": self.num_steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -85,20 +102,18 @@ class Optimizer:
 
 
 class WeightAverage:
-    """An exponential moving average of named fp32 parameters: ema <- ema + (1 - beta) (p - ema)."""
+    """An exponential moving average of named fp32 parameters: ema <- ema + (1 - beta) (p - ema).
+
+    ``averages`` holds it by parameter name.
+    """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = list(params.values())
-        self.averages = {name: p.detach().clone() for name, p in params.items()}
+        self.layout = FlatLayout(params)
+        self.flat_P = self.layout.flatten(self.params).clone()
+        self.averages = self.layout.views(self.flat_P)
 
     @torch.no_grad()
     def update(self, beta: Tensor, finite: Tensor) -> None:
         """One update; where ``finite`` is 0 nothing changes."""
-        _lerp_(list(self.averages.values()), self.params, (1 - beta) * finite)
-
-
-def _lerp_(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
-    """targets += weight (sources - targets), in place; a weight of 0 keeps every bit of finite targets."""
-    difference = torch._foreach_sub(sources, targets)
-    torch._foreach_mul_(difference, weight)
-    torch._foreach_add_(targets, difference)
+        self.flat_P.lerp_(self.layout.flatten(self.params), (1 - beta) * finite)

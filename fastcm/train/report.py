@@ -48,6 +48,7 @@ def write_report(run: RunFolder) -> None:
         facts=json.loads(run.run.read_text()),
         config=run.config.read_text(),
         distances=json.loads(run.evaluation.read_text()) if run.evaluation.is_file() else {},
+        comparison=_data_uri(run.comparison) if run.comparison.is_file() else "",
         loss_curve=_data_uri(run.loss_curve) if metrics else "",
         grids=_grids(run.samples),
         last={entry["phase"]: entry for entry in metrics},

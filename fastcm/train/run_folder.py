@@ -25,7 +25,7 @@ class RunFolder:
     metrics.jsonl     one line per logging interval
     checkpoints/      everything needed to resume bit for bit
     model.safetensors bundle of the current phase at its last snapshot; <phase>.safetensors of each finished one
-    evaluation.json   Frechet distances, where the run was evaluated
+    evaluation.json   Frechet distances, where the run was evaluated; comparison.png: real images and samples
     samples/          picture grids at fixed latents; loss.png, report.html: what to look at
     """
 
@@ -39,6 +39,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.loss_curve = path / "loss.png"
         self.evaluation = path / "evaluation.json"
+        self.comparison = path / "comparison.png"
         self.report = path / "report.html"
 
     @contextmanager

@@ -43,22 +43,35 @@ def group_norm(
         weight_1C, bias_1C = weight_1C * (1 + scale_NC), bias_1C * (1 + scale_NC)
     if shift_NC is not None:
         bias_1C = bias_1C + shift_NC
-    normalise = two_pass_norm if x_NCHW.device.type == "cpu" else _native_norm
+    normalise = two_pass_norm if _suits_two_pass(x_NCHW) else _native_norm
     y = normalise(x_NCHW.to(dtype), num_groups, weight_1C, bias_1C, eps, addend_NC)
+    # PyTorch's kernels return NCHW memory on CUDA up to 2.14 whatever they were given.
+    y = y.contiguous(memory_format=_memory_format(x_NCHW))
     if silu:
         y = F.silu(y)
     if dropout_key is not None and dropout > 0:
         y = torch.where(_keep(dropout_key, y, dropout), y / (1 - dropout), 0)
-    # PyTorch's CUDA kernel up to 2.14 returns NCHW memory whatever it was given.
-    return y.to(x_NCHW.dtype).contiguous(memory_format=_memory_format(x_NCHW))
+    return y.to(x_NCHW.dtype)
+
+
+def _suits_two_pass(x_NCHW: Tensor) -> bool:
+    """Whether the plain passes beat PyTorch's kernel: on the CPU, where the image is not tiny.
+
+    Its channels_last CPU kernel is slow and takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
+    is large. Its NCHW kernel is fast and exact, but the copies it needs pay for at most 64 pixels.
+    """
+    return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 64
 
 
 def _native_norm(
     x_NCHW: Tensor, num_groups: int, gain_NC: Tensor, offset_NC: Tensor, eps: float, addend_NC: Tensor | None
 ) -> Tensor:
-    """PyTorch's own kernel, then the affine map: what torch.compile fuses best on CUDA."""
+    """PyTorch's own kernel: what torch.compile fuses best on CUDA."""
     x_NCHW = x_NCHW if addend_NC is None else x_NCHW + addend_NC[:, :, None, None]
-    return F.group_norm(x_NCHW, num_groups, None, None, eps) * gain_NC[:, :, None, None] + offset_NC[:, :, None, None]
+    x_NCHW = x_NCHW.contiguous() if x_NCHW.device.type == "cpu" else x_NCHW
+    if len(gain_NC) == len(offset_NC) == 1:
+        return F.group_norm(x_NCHW, num_groups, gain_NC[0], offset_NC[0], eps)
+    return F.group_norm(x_NCHW, num_groups, eps=eps) * gain_NC[:, :, None, None] + offset_NC[:, :, None, None]
 
 
 def _keep(key: PhiloxKey, x_NCHW: Tensor, dropout: float) -> Bool[Tensor, "N C H W"]:
