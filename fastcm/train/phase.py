@@ -99,7 +99,8 @@ class Phase:
         self.images += self.settings.batch_size
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=self.device)
+        # Unlike torch.tensor, which copies from the host, this does not wait for the device.
+        return torch.full((), value, dtype=torch.float32, device=self.device)
 
     @property
     def learning_rate(self) -> float:

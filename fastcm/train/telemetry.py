@@ -75,7 +75,7 @@ class Telemetry:
         rate = (images - self.logged_images) / seconds
         entry = {"phase": self.phase, "images": images_total, "phase_images": images, **values, "images_per_s": round(rate, 1)}
         self.run.append_metrics(entry)
-        left = (self.duration_images - images) / rate if rate > 0 else float("inf")
+        left = max(self.duration_images - images, 0) / rate if rate > 0 else float("inf")
         loss = "not finite" if values["loss"] is None else f"{values['loss']:.4g}"
         self.bar.set_postfix_str(f"loss {loss}")
         if self.bar.disable:
