@@ -142,6 +142,7 @@ class ComputeConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's torso; everything else stays fp32
     tf32: bool = False  # TensorFloat-32 for fp32 convolutions and matrix products on CUDA
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on CUDA only
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads; 0 = torch's choice; 1 gives the same bits on any number of cores
 
 
 class TelemetryConfig(Section):

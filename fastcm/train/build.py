@@ -24,15 +24,17 @@ def select_device(name: str) -> torch.device:
 
 
 @contextmanager
-def precision(config: ComputeConfig) -> Iterator[None]:
-    """Allow or forbid TF32 for fp32 convolutions and matrix products while the block runs."""
+def compute_settings(config: ComputeConfig) -> Iterator[None]:
+    """Set the CPU threads, and allow or forbid TF32 for fp32 convolutions and matrix products, while the block runs."""
     places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [place.fp32_precision for place in places]
+    before, threads = [place.fp32_precision for place in places], torch.get_num_threads()
     for place in places:
         place.fp32_precision = "tf32" if config.tf32 else "ieee"
+    torch.set_num_threads(config.threads or threads)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value
 

@@ -14,7 +14,7 @@ from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import Interrupted
 from fastcm.io.images import save_grid
 from fastcm.sampling.generate import sample
-from fastcm.train.build import open_dataset, precision, select_device
+from fastcm.train.build import compute_settings, open_dataset, select_device
 from fastcm.train.checkpoint import load_newest, save_checkpoint
 from fastcm.train.phase import Phase
 from fastcm.train.report import write_report
@@ -43,7 +43,7 @@ def train(config: Config, out: Path) -> RunFolder:
     """
     run = RunFolder(out)
     device = select_device(config.compute.device)
-    with run.locked(), precision(config.compute), stop_flag() as stop:
+    with run.locked(), compute_settings(config.compute), stop_flag() as stop:
         data = open_dataset(config.data, device)
         run.claim(config, {"kind": config.data.kind, "num_images": len(data), "fingerprint": data.fingerprint})
         Trainer(config, run, data, device, stop).run()

@@ -16,6 +16,7 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 NUM_ROUNDS = 10
 WORD_MASK = 0xFFFFFFFF
 LANES = 4
+CPU_CHUNK_BLOCKS = 65536  # a hundred passes over memory are quick only inside the cache
 
 # 32-bit unsigned values in int64, because PyTorch computes little in uint32.
 Words = Int64[Tensor, "..."]
@@ -63,17 +64,13 @@ def random_bits(key: PhiloxKey, num_elements: int) -> Int64[Tensor, "N E"]:
     Element e of the sample with global index i is lane e % 4 of philox(counter, key) with
     counter = (e // 4, draw, i mod 2^32, i div 2^32).
     """
-    index_N1 = key.index_N[:, None]
     num_blocks = -(-num_elements // LANES)
-    block_1B = torch.arange(num_blocks, device=index_N1.device)[None, :]
-    shape = (index_N1.shape[0], num_blocks)
-    draw_11 = block_1B.new_full((1, 1), key.draw)
-    counter = (
-        block_1B.expand(shape),
-        draw_11.expand(shape),
-        (index_N1 & WORD_MASK).expand(shape),
-        _high(index_N1).expand(shape),
-    )
+    rows = max(1, CPU_CHUNK_BLOCKS // max(num_blocks, 1))
+    if key.index_N.device.type == "cpu" and len(key.index_N) > rows and not torch.compiler.is_compiling():
+        parts = (random_bits(key._replace(index_N=part), num_elements) for part in key.index_N.split(rows))
+        return torch.cat(list(parts))
+    index_N1, block_1B = key.index_N[:, None], torch.arange(num_blocks, device=key.index_N.device)[None, :]
+    counter = (block_1B, block_1B.new_full((1, 1), key.draw), index_N1 & WORD_MASK, _high(index_N1))
     return torch.stack(philox4x32(counter, key.key), dim=-1).flatten(1)[:, :num_elements]
 
 
