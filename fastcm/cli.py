@@ -8,6 +8,7 @@ import logging
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -43,13 +44,14 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
         click.echo(f"# configuration hash {resolved.hash}\n{resolved.to_yaml()}", nl=False)
         return
     from fastcm.evaluate.digits import evaluate_path
-    from fastcm.train.build import select_device
+    from fastcm.train.build import compute_settings, select_device
     from fastcm.train.report import write_report
     from fastcm.train.trainer import train as run_training
 
     run = run_training(resolved, out or Path("runs") / Path(config).stem)
     if resolved.telemetry.evaluate:
-        _print_distances(evaluate_path(run.path, select_device(resolved.compute.device)))
+        with compute_settings(resolved.compute):
+            _print_distances(evaluate_path(run.path, select_device(resolved.compute.device)))
         write_report(run)
         click.echo(f"compare:  {run.comparison}")
     click.echo(f"pictures: {run.samples}\nreport:   {run.report}\nmodel:    {run.bundle}")
@@ -62,7 +64,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
     type=click.IntRange(1),
     help="Network evaluations of a consistency model, Heun steps of a diffusion model; default 2 or 18.",
 )
-@click.option("--num", default=64, show_default=True, type=click.IntRange(1), help="Number of images.")
+@click.option("--num", default=64, show_default=True, type=click.IntRange(1, 10_000_000), help="Number of images.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Names the latents, at any batch size."
 )
@@ -73,7 +75,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
     type=click.Path(path_type=Path),
     help="A .png grid, an .npz, or a folder.",
 )
-@click.option("--label", type=click.IntRange(0), help="Class of every image; default a random one.")
+@click.option("--label", type=click.IntRange(0, 100_000), help="Class of every image; default a random one.")
 @click.option(
     "--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more."
 )
@@ -93,14 +95,19 @@ def sample(
     device: str,
 ) -> None:
     """Draw images from MODEL, a bundle or a run folder."""
+    from fastcm.config import ComputeConfig
     from fastcm.io.bundle import load
-    from fastcm.io.images import save_images
+    from fastcm.io.images import check_destination, save_images
+    from fastcm.sampling.generate import draw_labels
     from fastcm.sampling.generate import sample as draw
-    from fastcm.train.build import select_device
+    from fastcm.train.build import compute_settings, select_device
 
-    network = load(model, ema=ema, device=select_device(device))
-    images = draw(network, num, steps, seed, labels=label, mid_sigmas=mid_sigmas or None, batch_size=batch_size)
-    save_images(out, images)
+    check_destination(out)
+    with compute_settings(ComputeConfig()):
+        network = load(model, ema=ema, device=select_device(device))
+        labels = draw_labels(network, num, seed, label)
+        images = draw(network, num, steps, seed, labels=labels, mid_sigmas=mid_sigmas or None, batch_size=batch_size)
+    save_images(out, images, labels)
     click.echo(f"{num} images: {out}")
 
 
@@ -110,10 +117,12 @@ def sample(
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def evaluate(model: Path, seed: int, device: str) -> None:
     """Measure Frechet distances of MODEL, a bundle or a run folder, to the real images (embedded digits only)."""
+    from fastcm.config import ComputeConfig
     from fastcm.evaluate.digits import evaluate_path
-    from fastcm.train.build import select_device
+    from fastcm.train.build import compute_settings, select_device
 
-    _print_distances(evaluate_path(model, select_device(device), seed))
+    with compute_settings(ComputeConfig()):
+        _print_distances(evaluate_path(model, select_device(device), seed))
 
 
 @cli.command()
@@ -138,18 +147,23 @@ def main(arguments: list[str] | None = None) -> None:
     log.setLevel(logging.INFO)
     try:
         cli.main(arguments, prog_name="fastcm", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
+    except click.ClickException as error:
+        _fail(f"{error.format_message()} (see --help)", 2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("fastcm: stopped", err=True)
-        sys.exit(130)
+        _fail("stopped at once; what was saved before is untouched", 75)
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        kind = "" if isinstance(error, FastcmError) else f"unexpected {type(error).__name__}: "
-        click.echo(f"fastcm: error: {kind}{error}", err=True)
-        sys.exit(error.exit_code if isinstance(error, FastcmError) else 1)
+        known = isinstance(error, FastcmError)
+        _fail(str(error) if known else f"unexpected {type(error).__name__}: {error}", error.exit_code if known else 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"fastcm: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

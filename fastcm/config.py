@@ -250,7 +250,7 @@ def _read_with_base(name: str) -> dict[str, Any]:
 
 def _read_yaml(name: str) -> dict[str, Any]:
     if Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        text = _read_text(Path(name))
     elif name in shipped_configs():
         text = resources.files("fastcm.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     else:
@@ -264,6 +264,13 @@ def _read_yaml(name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: expected 'key: value' lines at the top level, found {type(data).__name__}")
     return data
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

@@ -197,6 +197,43 @@ def test_resume_with_another_identity_is_refused(fastcm_cli, tiny, finished, ove
     assert named in failed.stderr
 
 
+def test_identity_is_checked_without_run_json_too(fastcm_cli, tiny, finished):
+    (finished / "run.json").unlink()
+    failed = fastcm_cli("train", tiny, "seed=5", "--out", "run")
+    assert failed.returncode == 2
+    assert "seed was 0, is 5" in failed.stderr
+
+
+def test_failed_start_leaves_the_folder_free_for_the_mended_command(fastcm_cli, tiny):
+    assert fastcm_cli("train", tiny, "phases.tune.init=nowhere.safetensors", "--out", "run").returncode == 3
+    mended = fastcm_cli("train", tiny, "phases.pretrain.duration_images=16", "phases.tune.duration_images=16", "--out", "run")
+    assert mended.returncode == 0, mended.stderr
+
+
+def test_phase_that_cannot_use_the_one_before_is_refused_at_the_start(fastcm_cli, tiny):
+    failed = fastcm_cli("train", tiny, "phases.pretrain.objective.variant=vp", "--out", "run")
+    assert failed.returncode == 2
+    assert "phases.tune: its network sees noise levels as" in failed.stderr
+    assert not (tiny.parent / "run" / "metrics.jsonl").exists()
+
+
+def test_diverging_run_ends_with_one_clear_line(fastcm_cli, tiny):
+    failed = fastcm_cli(
+        "train", tiny, "phases.pretrain.optimizer.lr=1e30", "phases.pretrain.optimizer.warmup_images=0", "--out", "run"
+    )
+    assert failed.returncode == 1
+    assert "training diverged: no finite step" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("run.json", b"[]"), ("metrics.jsonl", b"{}\n\xff\n"), ("evaluation.json", b"{")]
+)
+def test_damaged_side_file_is_no_obstacle(fastcm_cli, tiny, finished, name, content):
+    (finished / name).write_bytes(content)
+    assert fastcm_cli("train", tiny, "--out", "run").returncode == 0
+
+
 def test_duration_may_be_extended_on_resume(fastcm_cli, tiny, finished):
     longer = fastcm_cli("train", tiny, "phases.tune.duration_images=160", "--out", "run")
     assert longer.returncode == 0, longer.stderr
@@ -236,8 +273,8 @@ def test_bundle_of_another_architecture_is_exit_3_naming_the_key(fastcm_cli, tin
         "train", tiny, f"phases.pretrain.init={finished / 'model.safetensors'}", "network.model_channels=16", "--out", "x"
     )
     assert failed.returncode == 3
+    assert "network.model_channels is 8, this run needs 16" in failed.stderr
     assert "the file belongs to another architecture" in failed.stderr
-    assert "'net/" in failed.stderr
 
 
 def test_missing_initial_bundle_is_exit_3(fastcm_cli, tiny):

@@ -13,13 +13,13 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from fastcm.config import DataConfig
+from fastcm.config import DataConfig, load_config
 from fastcm.data.dataset import ResidentDataset, load_resident
 from fastcm.data.sources import open_source
 from fastcm.errors import ConfigError
 from fastcm.evaluate.frechet import frechet_distance
 from fastcm.io.atomic import atomic_write
-from fastcm.io.bundle import MODEL_FILE, load, read_bundle, resolve_bundle
+from fastcm.io.bundle import load, read_bundle, resolve_bundle
 from fastcm.io.images import save_side_by_side, to_uint8
 from fastcm.model import Model
 from fastcm.random import Stream
@@ -28,6 +28,7 @@ from fastcm.sampling.generate import sample
 NUM_FEATURES = 64
 EVALUATION_FILE = "evaluation.json"
 COMPARISON_FILE = "comparison.png"
+CONFIG_FILE = "config.yaml"
 PICTURE_COLUMNS = 8
 HEUN_STEPS = 18  # 35 network evaluations
 NUM_SPLITS = 8  # of the real images into halves
@@ -97,18 +98,27 @@ def evaluate_path(path: Path, device: torch.device, seed: int = 0) -> dict[str, 
     samples side by side to ``comparison.png``. Raises ConfigError for models that were not
     trained on the digits, CheckpointError for files that are missing or damaged.
     """
-    phases = [file for file in path.glob("*.safetensors") if file.name != MODEL_FILE] if path.is_dir() else []
-    bundles = sorted(phases, key=lambda file: file.stat().st_mtime) or [resolve_bundle(path)]
+    bundles = _bundles(path)
     for bundle in bundles:
         kind = read_bundle(bundle)[1].trained.get("data")
         if kind != DataConfig().kind:
             raise ConfigError(f"{bundle} was trained on '{kind}': only the embedded digits have a built-in feature network")
     evaluator, sets = DigitEvaluator(load_resident(open_source("digits", ""))), {}
     for bundle in bundles:
-        sets |= evaluator.samples(load(bundle, device=device), seed)
+        for name, images in evaluator.samples(load(bundle, device=device), seed).items():
+            sets[name if name not in sets else f"{name} ({bundle.stem})"] = images
     distances = evaluator.references() | {name: evaluator.distance(images) for name, images in sets.items()}
     if path.is_dir():
         atomic_write(path / EVALUATION_FILE, json.dumps(distances, indent=1))
         shown = [images[: PICTURE_COLUMNS**2] for images in (evaluator.images, *sets.values())]
         save_side_by_side(path / COMPARISON_FILE, shown, PICTURE_COLUMNS)
     return distances
+
+
+def _bundles(path: Path) -> list[Path]:
+    """The bundles of a run folder's phases in their order, the unfinished one last; or the one bundle that is meant."""
+    if not (path / CONFIG_FILE).is_file():
+        return [resolve_bundle(path)]
+    files = [path / f"{phase}.safetensors" for phase in load_config(str(path / CONFIG_FILE)).phases]
+    finished = [file for file in files if file.is_file()]
+    return finished if len(finished) == len(files) else [*finished, resolve_bundle(path)]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastcm.errors import CheckpointError
@@ -25,7 +25,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; what was saved before is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

@@ -56,23 +56,30 @@ def save_side_by_side(path: Path, sets: list[np.ndarray], columns: int) -> None:
     atomic_write(path, _png(sheet))
 
 
+def check_destination(path: Path) -> str:
+    """ ".png", ".npz" or "" (a folder), as the path asks for; raises ConfigError for another suffix."""
+    form = path.suffix.lower()
+    if form not in (".png", ".npz", ""):
+        raise ConfigError(f"cannot write images to {path}: give a .png (grid), a .npz, or a folder name without suffix")
+    return form
+
+
 def save_images(path: Path, images_NCHW: Tensor, labels_N: Tensor | None = None) -> None:
     """Write images in [-1, 1] in the form that the path names.
 
     ``*.png``: one grid; ``*.npz``: arrays ``images`` (uint8 NHWC) and, where there are labels, ``labels``; no suffix: a
     folder of ``000000.png`` and so on. Raises ConfigError for another suffix.
     """
-    if path.suffix == ".png":
+    form = check_destination(path)
+    if form == ".png":
         save_grid(path, images_NCHW, columns=math.ceil(math.sqrt(len(images_NCHW))))
-    elif path.suffix == ".npz":
+    elif form == ".npz":
         arrays = {"images": to_uint8(images_NCHW)} | ({} if labels_N is None else {"labels": labels_N.cpu().numpy()})
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
-    elif not path.suffix:
+    else:
         for number, image_HWC in enumerate(to_uint8(images_NCHW)):
             atomic_write(path / f"{number:06d}.png", _png(to_pil(image_HWC)))
-    else:
-        raise ConfigError(f"cannot write images to {path}: give a .png (grid), a .npz, or a folder name without suffix")
 
 
 def _png(image: Image.Image) -> bytes:

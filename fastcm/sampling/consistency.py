@@ -48,22 +48,23 @@ def consistency_sigmas(
     mid_sigmas: Sequence[float] | None = None,
     sigma_max: float = 80.0,
     device: torch.device | str | None = None,
+    last_sigma: float = TWO_STEP_SIGMA,
 ) -> Float64[Tensor, " S1"]:
     """sigma_max, then the steps - 1 intermediate noise levels, then 0.
 
-    Without ``mid_sigmas`` the last intermediate level is 0.821, the published choice for two steps on CIFAR-10 (arXiv
-    2310.14189 and 2406.14548), and the others lie geometrically between sigma_max and it.
+    Without ``mid_sigmas`` the last intermediate level is ``last_sigma``, by default 0.821, the published choice for two
+    steps on CIFAR-10 (arXiv 2310.14189 and 2406.14548); the others lie geometrically between sigma_max and it.
     Raises ConfigError for a number of levels that is not steps - 1 or for levels that do not descend.
     """
     if steps < 1:
         raise ConfigError(f"steps: expected at least 1, got {steps}")
     if mid_sigmas is None:
-        ratio = TWO_STEP_SIGMA / sigma_max
+        ratio = last_sigma / sigma_max
         mid_sigmas = [sigma_max * ratio ** (i / (steps - 1)) for i in range(1, steps)]
     if len(mid_sigmas) != steps - 1:
         raise ConfigError(f"mid_sigmas: {steps} steps need {steps - 1} intermediate noise levels, got {len(mid_sigmas)}")
     levels = [sigma_max, *mid_sigmas, 0.0]
-    if any(high <= low for high, low in pairwise(levels)):
+    if not all(high > low for high, low in pairwise(levels)):  # so that NaN is refused too
         raise ConfigError(
             f"mid_sigmas: noise levels must descend from sigma_max {sigma_max} to above 0, got {list(mid_sigmas)}"
         )

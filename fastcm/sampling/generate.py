@@ -12,7 +12,7 @@ from fastcm.errors import ConfigError
 from fastcm.model import Model
 from fastcm.random import Stream
 from fastcm.sampling.common import NoiseSource, clip_range, round_sigmas
-from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
+from fastcm.sampling.consistency import TWO_STEP_SIGMA, consistency_sigmas, sample_consistency
 from fastcm.sampling.edm import sample_heun
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": sample_heun, "consistency": sample_consistency}
@@ -38,12 +38,11 @@ def sample(
 
     Image j has the global index index_offset + j; its latent, step noise and random label depend on that, on the seed
     and on nothing else. sampler: the model's own (``model.sampling``) unless given. steps: noise levels above 0; "heun"
-    makes 2 steps - 1 network evaluations, "consistency" steps; by default 18
-    and 2.
+    makes 2 steps - 1 network evaluations, "consistency" steps; by default 18 and 2.
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
-    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own, see
-    ``consistency_sigmas``. sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), clipped to the
-    model's range.
+    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own or those
+    that lead to its last, see ``consistency_sigmas``. sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364,
+    Eq. 5), clipped to the model's range.
     Raises ConfigError for arguments that cannot work.
     """
     sampler = model.sampling.sampler if sampler is None else sampler
@@ -53,7 +52,8 @@ def sample(
     low, high = clip_range(model, sigma_min, sigma_max)
     if sampler == "consistency":
         own = model.sampling.mid_sigmas
-        sigmas = consistency_sigmas(steps, own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas, high, device)
+        mid_sigmas = own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas
+        sigmas = consistency_sigmas(steps, mid_sigmas, high, device, own[-1] if own else TWO_STEP_SIGMA)
     else:
         sigmas = round_sigmas(model, karras_sigmas(steps, low, high, rho, device))
     index = torch.arange(index_offset, index_offset + num, device=device)
@@ -62,6 +62,12 @@ def sample(
     per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
     run = SAMPLERS[sampler]
     return torch.cat([_sample(model, run, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
+
+
+def draw_labels(model: Model, num: int, seed: int, label: int | None = None) -> Int64[Tensor, " num"] | None:
+    """The classes that ``sample`` gives ``num`` images: ``label`` for all, or random ones; None for a model without classes."""
+    index = torch.arange(num, device=next(model.parameters()).device)
+    return choose_labels(label, index, seed, model.label_dim)
 
 
 def latents(seed: int, index_N: Int64[Tensor, " N"], image_shape: tuple[int, int, int]) -> Float32[Tensor, "N C H W"]:

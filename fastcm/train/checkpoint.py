@@ -47,8 +47,9 @@ def save_checkpoint(folder: Path, images: int, tensors: Mapping[str, Tensor], st
         raise CheckpointError(f"cannot write {final}: {error.strerror or error}; earlier checkpoints are untouched") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    # A later folder can only be a damaged one that was skipped on resume; it must not push the new one out.
+    for old in [path for path in list_checkpoints(folder) if path.name <= final.name][:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 

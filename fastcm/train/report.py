@@ -47,7 +47,7 @@ def write_report(run: RunFolder) -> None:
         name=run.path.name,
         facts=json.loads(run.run.read_text()),
         config=run.config.read_text(),
-        distances=json.loads(run.evaluation.read_text()) if run.evaluation.is_file() else {},
+        distances=_distances(run.evaluation),
         comparison=_data_uri(run.comparison) if run.comparison.is_file() else "",
         loss_curve=_data_uri(run.loss_curve) if metrics else "",
         grids=_grids(run.samples),
@@ -59,13 +59,21 @@ def write_report(run: RunFolder) -> None:
 def _grids(samples: Path) -> dict[str, list[tuple[str, str]]]:
     """Per kind of grid (phase and sampler) up to six (images seen, data URI), first and last included."""
     kinds: dict[str, list[Path]] = {}
-    for path in sorted(samples.glob("*.png")):
+    for path in sorted(file for file in samples.glob("*.png") if file.is_file()):
         kind, _, _ = path.stem.rpartition("-")
         kinds.setdefault(kind, []).append(path)
     return {
         kind: [(path.stem.rpartition("-")[2].lstrip("0") or "0", _data_uri(path)) for path in _spread(paths)]
         for kind, paths in kinds.items()
     }
+
+
+def _distances(path: Path) -> dict[str, float]:
+    """What an evaluation left behind; nothing where it is missing or damaged, for it can be made again."""
+    try:
+        return {str(name): float(value) for name, value in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _spread(paths: list[Path]) -> list[Path]:

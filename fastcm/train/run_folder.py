@@ -12,7 +12,7 @@ import torch
 
 import fastcm
 from fastcm.config import Config
-from fastcm.errors import CheckpointError, ConfigError
+from fastcm.errors import CheckpointError
 from fastcm.io.atomic import atomic_write
 from fastcm.io.bundle import MODEL_FILE
 
@@ -57,18 +57,8 @@ class RunFolder:
                 raise CheckpointError(f"{self.path}: another process is training into this folder") from None
             yield
 
-    def claim(self, config: Config, data: Mapping[str, Any]) -> None:
-        """Write config.yaml and run.json, or check that this run is the one already in the folder.
-
-        Raises ConfigError listing every part of the identity that changed.
-        """
-        identity = run_identity(config, data)
-        if self.run.is_file():
-            saved = _read_json(self.run).get("identity", {})
-            changes = _differences(saved, identity)
-            if changes:
-                advice = "train into another folder, or undo the change"
-                raise ConfigError(f"{self.path} holds a run with another identity: {'; '.join(changes)}; {advice}")
+    def claim(self, config: Config, identity: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Write config.yaml and run.json."""
         atomic_write(self.config, f"# configuration hash {config.hash}\n{config.to_yaml()}")
         facts = {
             "config_hash": config.hash,
@@ -79,8 +69,8 @@ class RunFolder:
         atomic_write(self.run, json.dumps(facts, indent=1))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of metrics.jsonl; a line torn by a kill is left out."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        """All complete lines of metrics.jsonl; a line torn by a kill, or that is not ours, is left out."""
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.is_file() else []
         return [entry for entry in map(_parse_line, lines) if entry is not None]
 
     def rewind_metrics(self, images: int) -> None:
@@ -89,38 +79,46 @@ class RunFolder:
         atomic_write(self.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def append_metrics(self, entry: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Add one line to metrics.jsonl; raises CheckpointError where the file system refuses."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.metrics}: {error.strerror or error}; checkpoints are untouched"
+            ) from error
 
 
 def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a run that may not change on resume: seed, network, data, and what each phase learns from what."""
     fixed = {"objective", "init", "batch_size", "microbatch_size", "dropout", "augment", "emas"}
+    optimizer = {"kind", "betas", "eps"}
+    phases = {
+        name: {
+            **phase.model_dump(mode="json", include=fixed),
+            "optimizer": phase.optimizer.model_dump(mode="json", include=optimizer),
+        }
+        for name, phase in config.phases.items()
+    }
     return {
         "seed": config.seed,
         "data": {**config.data.model_dump(mode="json", exclude={"path", "download"}), "fingerprint": data["fingerprint"]},
         "network": config.network.model_dump(mode="json"),
-        "phases": {name: phase.model_dump(mode="json", include=fixed) for name, phase in config.phases.items()},
+        "phases": phases,
     }
 
 
-def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
+def identity_changes(saved: Any, now: Any, path: str = "") -> list[str]:
+    """One line for each value that differs between two nested dictionaries: "key.path was X, is Y"."""
     if isinstance(saved, dict) and isinstance(now, dict):
         keys = sorted(saved.keys() | now.keys())
-        return [line for key in keys for line in _differences(saved.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+        return [line for key in keys for line in identity_changes(saved.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
     return [] if saved == now else [f"{path} was {saved!r}, is {now!r}"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error}); delete the run folder to start anew") from None
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
-    except ValueError:
+        entry = json.loads(line)
+        return entry if entry.keys() >= {"phase", "images", "phase_images", "loss", "loss_by_sigma"} else None
+    except (ValueError, AttributeError):
         return None

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from fastcm.config import Config
 from fastcm.data.dataset import ResidentDataset
-from fastcm.errors import Interrupted
+from fastcm.errors import ConfigError, FastcmError, Interrupted
 from fastcm.io.images import save_grid
 from fastcm.sampling.generate import sample
 from fastcm.train.build import compute_settings, open_dataset, select_device
 from fastcm.train.checkpoint import load_newest, save_checkpoint
 from fastcm.train.phase import Phase
+from fastcm.train.preflight import check_phases
 from fastcm.train.report import write_report
-from fastcm.train.run_folder import RunFolder
+from fastcm.train.run_folder import RunFolder, identity_changes, run_identity
 from fastcm.train.signals import StopFlag, stop_flag
 from fastcm.train.telemetry import Telemetry
 
@@ -45,21 +46,50 @@ def train(config: Config, out: Path) -> RunFolder:
     device = select_device(config.compute.device)
     with run.locked(), compute_settings(config.compute), stop_flag() as stop:
         data = open_dataset(config.data, device)
-        run.claim(config, {"kind": config.data.kind, "num_images": len(data), "fingerprint": data.fingerprint})
-        Trainer(config, run, data, device, stop).run()
+        facts = {"kind": config.data.kind, "num_images": len(data), "fingerprint": data.fingerprint}
+        identity = run_identity(config, facts)
+        saved = load_saved(run, identity)
+        check_phases(config, data, saved.phase if saved else next(iter(config.phases)))
+        run.claim(config, identity, facts)
+        Trainer(config, run, data, device, stop, identity).run(saved)
         write_report(run)
     return run
+
+
+def load_saved(run: RunFolder, identity: Mapping[str, Any]) -> Saved | None:
+    """The newest checkpoint of a run folder, None where there is none.
+
+    Raises ConfigError listing every part of the identity that differs from the run that saved it.
+    """
+    found = load_newest(run.checkpoints)
+    if found is None:
+        return None
+    tensors, state = found
+    changes = identity_changes(state["identity"], identity)
+    if changes:
+        advice = "train into another folder, or undo the change"
+        raise ConfigError(f"{run.path} holds a run with another identity: {'; '.join(changes)}; {advice}")
+    log.info("resuming %s at %d images", state["phase"], state["images"])
+    return Saved(state["phase"], state["images"], state["first_image"], tensors)
 
 
 class Trainer:
     """Carries one run from its first (or last saved) image to its last."""
 
-    def __init__(self, config: Config, run: RunFolder, data: ResidentDataset, device: torch.device, stop: StopFlag) -> None:
-        self.config, self.run_folder, self.data, self.device, self.stop = config, run, data, device, stop
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        data: ResidentDataset,
+        device: torch.device,
+        stop: StopFlag,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.config, self.run_folder, self.data, self.device = config, run, data, device
+        self.stop, self.identity = stop, identity
 
-    def run(self) -> None:
+    def run(self, saved: Saved | None) -> None:
         """Train the phases that are not finished yet."""
-        saved = self._load_saved()
         self.run_folder.rewind_metrics(saved.first_image + saved.images if saved else 0)
         names = list(self.config.phases)
         weights, first_image = None, 0
@@ -73,14 +103,6 @@ class Trainer:
             self.run_phase(phase)
             weights, first_image = phase.averaged_weights(), phase.first_image + phase.images
 
-    def _load_saved(self) -> Saved | None:
-        found = load_newest(self.run_folder.checkpoints)
-        if found is None:
-            return None
-        tensors, state = found
-        log.info("resuming %s at %d images", state["phase"], state["images"])
-        return Saved(state["phase"], state["images"], state["first_image"], tensors)
-
     def run_phase(self, phase: Phase) -> None:
         """Train one phase to its end, with a snapshot at every interval and at the end."""
         every = self.config.telemetry
@@ -90,7 +112,9 @@ class Trainer:
             phase.step()
             telemetry.advance(phase.images - before)
             if phase.finished or _passes(before, phase.images, every.log_images):
-                telemetry.write(phase.first_image + phase.images, phase.images, self._values(phase))
+                values = self._values(phase)
+                telemetry.write(phase.first_image + phase.images, phase.images, values)
+                _require_progress(phase, values)
             if phase.finished or _passes(before, phase.images, every.snapshot_images):
                 self.snapshot(phase)
                 telemetry.resume_clock()
@@ -118,7 +142,7 @@ class Trainer:
 
     def save(self, phase: Phase) -> None:
         """Write a checkpoint from which the run continues bit for bit."""
-        state = {"phase": phase.name, "images": phase.images, "first_image": phase.first_image}
+        state = {"phase": phase.name, "images": phase.images, "first_image": phase.first_image, "identity": self.identity}
         keep = self.config.telemetry.keep_checkpoints
         save_checkpoint(self.run_folder.checkpoints, phase.first_image + phase.images, phase.tensors(), state, keep)
 
@@ -131,6 +155,14 @@ class Trainer:
         for kind, (sampler, steps) in grids.items():
             images = sample(model, settings.grid_size**2, steps, self.config.seed, sampler=sampler)
             save_grid(self.run_folder.samples / f"{phase.name}-{kind}-{phase.images:012d}.png", images, settings.grid_size)
+
+
+def _require_progress(phase: Phase, values: Mapping[str, Any]) -> None:
+    if values["loss"] is None:
+        raise FastcmError(
+            f"training diverged: no finite step in the {values['skipped_steps']} before {phase.images} images of {phase.name}; "
+            "the checkpoints are untouched: lower the learning rate and run it again"
+        )
 
 
 def _passes(before: int, after: int, interval: int) -> bool:

@@ -92,5 +92,6 @@ def _group_mean(value_NC: Tensor, num_groups: int) -> Tensor:
 @lru_cache
 def _averaging_matrix(num_channels: int, num_groups: int, dtype: torch.dtype) -> Tensor:
     """[C, C]: 1 / (channels of a group) where two channels share a group, else 0."""
-    group_C = torch.arange(num_channels) // (num_channels // num_groups)
-    return (group_C[:, None] == group_C).to(dtype) * (num_groups / num_channels)
+    with torch.inference_mode(False):  # kept for later calls, which may need a gradient
+        group_C = torch.arange(num_channels) // (num_channels // num_groups)
+        return (group_C[:, None] == group_C).to(dtype) * (num_groups / num_channels)
