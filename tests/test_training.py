@@ -149,6 +149,33 @@ def test_resume_after_sigkill_is_bit_exact(fastcm_cli, tiny, finished, number, a
     assert_same_run(finished, tiny.parent / "killed")
 
 
+DIE_AT_RENAME = """
+import os, signal
+calls, real = 0, os.replace
+def replace(*paths):
+    global calls
+    calls += 1
+    if calls == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*paths)
+os.replace = replace
+from fastcm.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [1, 5, 11, 12, 20])
+def test_kill_while_any_file_is_being_saved_is_harmless(fastcm_cli, tiny, finished, number):
+    killed = tiny.parent / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", DIE_AT_RENAME.format(number=number), "train", str(tiny), "--out", str(killed)]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    resumed = fastcm_cli("train", tiny, "--out", "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(finished, killed)
+    assert not [path for path in killed.rglob("*") if ".tmp-" in path.name]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_at_the_next_step_and_exits_75_and_resumes_bit_exact(fastcm_cli, tiny, finished, number):
     code, errors = _interrupt(tiny, number, 64)

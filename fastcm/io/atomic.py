@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fastcm.errors import CheckpointError
 
+TEMPORARY = ".*.tmp-*"  # how unfinished files are called
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

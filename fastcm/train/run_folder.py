@@ -13,7 +13,7 @@ import torch
 import fastcm
 from fastcm.config import Config
 from fastcm.errors import CheckpointError
-from fastcm.io.atomic import atomic_write
+from fastcm.io.atomic import TEMPORARY, atomic_write
 from fastcm.io.bundle import MODEL_FILE
 
 
@@ -44,7 +44,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; raises CheckpointError if another run is writing to it."""
+        """Hold the folder for this process, and remove the unfinished files of one that was killed.
+
+        Raises CheckpointError if another run is writing to the folder, or nobody can.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
@@ -55,6 +58,8 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CheckpointError(f"{self.path}: another process is training into this folder") from None
+            for leftover in (*self.path.glob(TEMPORARY), *self.samples.glob(TEMPORARY)):
+                leftover.unlink()
             yield
 
     def claim(self, config: Config, identity: Mapping[str, Any], data: Mapping[str, Any]) -> None:
