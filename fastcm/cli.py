@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(f"{error.format_message()} (see --help)", 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("stopped at once; what was saved before is untouched", 75)
+        _fail("stopped at once, without saving; what was saved before is untouched", 1)
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -211,3 +211,16 @@ def test_dry_run_prints_the_resolved_configuration_and_touches_nothing(fastcm_cl
     assert "seed: 7" in run.stdout
     assert "configuration hash" in run.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_immediate_stop_does_not_claim_to_have_saved(monkeypatch, capsys):
+    from fastcm import cli
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.cli, "main", stop)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["info"])
+    assert ended.value.code == 1
+    assert "without saving" in capsys.readouterr().err
