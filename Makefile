@@ -12,6 +12,7 @@ test: $(INSTALLED)  ## lint and all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/interpreted -n auto --dist worksteal
 
 install: $(INSTALLED)
 

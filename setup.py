@@ -44,7 +44,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={"fastcm": "fastcm", "fastcm.kernels": "kernels", "fastcm.configs": "configs"},
-    package_data={"fastcm.configs": ["*.yaml"], "fastcm.train": ["*.html"]},
+    package_data={"fastcm.configs": ["*.yaml"], "fastcm.train": ["*.html"], "fastcm.kernels": ["*/pinned/*.json"]},
     install_requires=DEPENDENCIES,
     extras_require={"dev": DEV_DEPENDENCIES},
     entry_points={"console_scripts": ["fastcm = fastcm.cli:main"]},

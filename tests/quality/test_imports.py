@@ -20,7 +20,7 @@ LEVELS = (
     ("model",),
     ("objectives", "sampling", "data", "io"),
     ("train", "evaluate"),
-    ("info",),
+    ("info", "bench"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels on the shapes that the networks have."""
