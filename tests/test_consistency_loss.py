@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from fastcm.kernels.consistency_loss import DISTANCES
 from torch.autograd import forward_ad
 
 from fastcm import ops
+from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.random import Stream
 
 # torch's own forward mode still uses torch.jit.script.

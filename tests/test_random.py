@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from fastcm.kernels.philox import philox4x32
 
+from fastcm.kernels.philox import philox4x32
 from fastcm.random import MAX_SEED, Stream
 
 ONES = 0xFFFFFFFF

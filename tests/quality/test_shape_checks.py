@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fastcm.kernels.philox import philox4x32
 from jaxtyping import TypeCheckError
 
 from fastcm import ops
 from fastcm.diffusion.consistency import consistency_weight, t_to_r
 from fastcm.diffusion.preconditioners import EDM
 from fastcm.evaluate.frechet import frechet_distance
+from fastcm.kernels.philox import philox4x32
 from fastcm.nn.layers import Linear
 from fastcm.random import Stream
 from fastcm.sampling import sample_heun
