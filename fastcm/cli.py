@@ -120,9 +120,15 @@ def evaluate(model: Path, seed: int, device: str) -> None:
     from fastcm.config import ComputeConfig
     from fastcm.evaluate.digits import evaluate_path
     from fastcm.train.build import compute_settings, select_device
+    from fastcm.train.report import write_report
+    from fastcm.train.run_folder import RunFolder
 
     with compute_settings(ComputeConfig()):
         _print_distances(evaluate_path(model, select_device(device), seed))
+    run = RunFolder(model)
+    if run.run.is_file():
+        write_report(run)
+        click.echo(f"report: {run.report}")
 
 
 @cli.command()

@@ -48,6 +48,12 @@ class DataConfig(Section):
     xflip: bool = False  # mirror each image with probability 1/2
     download: bool = False  # fetch CIFAR-10 into ``path`` if it is not there
 
+    @model_validator(mode="after")
+    def _check_path(self) -> "DataConfig":
+        if self.kind == "digits" and self.path:
+            raise ValueError(f"path is '{self.path}', but the digits come with the package: set kind to what lies there")
+        return self
+
 
 class NetworkConfig(Section):
     """A U-Net of EDM's families (arXiv 2206.00364, Table 7)."""
@@ -187,9 +193,17 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of YAML 1.2: ``1e-4`` is a number."""
+    """YAML 1.1 with the floats of YAML 1.2 (``1e-4`` is a number) and without its silence about a key given twice."""
 
     yaml_implicit_resolvers: ClassVar = {first: list(rules) for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; raises ConstructorError for a key that stands in it twice."""
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -60,6 +60,8 @@ def test_hash_changes_with_any_value():
         ("network.channel_mult=[1,a]", "network.channel_mult.1"),
         ("data=3", "data: Input should be a valid dictionary"),
         ("data.kind.x=3", "'kind' is a value, not a section"),
+        ("data.path=cifar.tar.gz", "path is 'cifar.tar.gz', but the digits come with the package: set kind"),
+        ("network={num_blocks: 1, num_blocks: 2}", "the key 'num_blocks' is given twice"),
         ("seed", "expected key.path=value"),
         ("seed=[1", "not valid YAML"),
         ("phases.tune.optimizer.lr=.inf", "finite"),
@@ -75,7 +77,15 @@ def test_unknown_configuration_names_the_nearest_and_all():
     assert "ect_cifar10_1hour" in text
 
 
-@pytest.mark.parametrize(("text", "expected"), [("- 1\n", "found list"), ("", "found NoneType"), ("a: [", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- 1\n", "found list"),
+        ("", "found NoneType"),
+        ("a: [", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
+    ],
+)
 def test_file_that_is_no_configuration_is_refused(tmp_path, text, expected):
     assert expected in message(name=write(tmp_path, text))
 

@@ -21,3 +21,13 @@ def test_demo_turns_real_digits_into_a_one_step_generator(fastcm_cli, tmp_path):
     for line in ("compare:", "pictures:", "report:", "model:"):
         assert line in run.stdout
     assert (tmp_path / "demo" / "comparison.png").stat().st_size > 1000
+    check_that_evaluating_again_renews_the_report(fastcm_cli, tmp_path / "demo", distances)
+
+
+def check_that_evaluating_again_renews_the_report(fastcm_cli, run, distances):
+    (run / "report.html").unlink()
+    (run / "evaluation.json").unlink()
+    again = fastcm_cli("evaluate", run)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "evaluation.json").read_text()) == pytest.approx(distances)
+    assert f"{distances['2 steps']:.3f}" in (run / "report.html").read_text()

@@ -21,14 +21,12 @@ from fastcm.evaluate.frechet import frechet_distance
 from fastcm.io.atomic import atomic_write
 from fastcm.io.bundle import load, read_bundle, resolve_bundle
 from fastcm.io.images import save_side_by_side, to_uint8
+from fastcm.io.run_files import RunFiles
 from fastcm.model import Model
 from fastcm.random import Stream
 from fastcm.sampling.generate import sample
 
 NUM_FEATURES = 64
-EVALUATION_FILE = "evaluation.json"
-COMPARISON_FILE = "comparison.png"
-CONFIG_FILE = "config.yaml"
 PICTURE_COLUMNS = 8
 HEUN_STEPS = 18  # 35 network evaluations
 NUM_SPLITS = 8  # of the real images into halves
@@ -109,16 +107,18 @@ def evaluate_path(path: Path, device: torch.device, seed: int = 0) -> dict[str, 
             sets[name if name not in sets else f"{name} ({bundle.stem})"] = images
     distances = evaluator.references() | {name: evaluator.distance(images) for name, images in sets.items()}
     if path.is_dir():
-        atomic_write(path / EVALUATION_FILE, json.dumps(distances, indent=1))
+        files = RunFiles(path)
+        atomic_write(files.evaluation, json.dumps(distances, indent=1))
         shown = [images[: PICTURE_COLUMNS**2] for images in (evaluator.images, *sets.values())]
-        save_side_by_side(path / COMPARISON_FILE, shown, PICTURE_COLUMNS)
+        save_side_by_side(files.comparison, shown, PICTURE_COLUMNS)
     return distances
 
 
 def _bundles(path: Path) -> list[Path]:
     """The bundles of a run folder's phases in their order, the unfinished one last; or the one bundle that is meant."""
-    if not (path / CONFIG_FILE).is_file():
+    run = RunFiles(path)
+    if not run.config.is_file():
         return [resolve_bundle(path)]
-    files = [path / f"{phase}.safetensors" for phase in load_config(str(path / CONFIG_FILE)).phases]
+    files = [run.phase_bundle(phase) for phase in load_config(str(run.config)).phases]
     finished = [file for file in files if file.is_file()]
     return finished if len(finished) == len(files) else [*finished, resolve_bundle(path)]

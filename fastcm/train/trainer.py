@@ -126,7 +126,7 @@ class Trainer:
                     f"stopped by {self.stop.reason} at {phase.images} images of {phase.name}, saved; run it again to resume"
                 )
         telemetry.close()
-        phase.save_bundle(self.run_folder.path / f"{phase.name}.safetensors")
+        phase.save_bundle(self.run_folder.phase_bundle(phase.name))
 
     def _values(self, phase: Phase) -> dict[str, Any]:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None

@@ -13,6 +13,7 @@ from source_tree import ROOT, Source, source_of, sources
 LEVELS = (
     ("kernels",),
     ("random", "errors"),
+    ("backends",),
     ("ops",),
     ("config", "configs"),
     ("diffusion",),
