@@ -165,11 +165,11 @@ def test_each_block_has_its_own_dropout_mask_at_the_stated_rate():
         kept[id(module)] = (output != 0).flatten()
 
     for module in unet.modules():
-        if hasattr(module, "dropout_site"):
+        if hasattr(module, "site"):
             module.norm1.register_forward_hook(record)
     unet(*inputs(64), dropout=dropout_key(64))
     masks = list(kept.values())
-    sites = [module.dropout_site for module in unet.modules() if hasattr(module, "dropout_site")]
+    sites = [module.site for module in unet.modules() if hasattr(module, "site")]
     assert len(masks) == len(set(sites)) == len(sites) == 10
     assert abs(torch.cat(masks).float().mean().item() - 0.75) < 0.003
     pairs = [(a, b) for i, a in enumerate(masks) for b in masks[:i] if a.shape == b.shape]

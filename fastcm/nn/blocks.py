@@ -1,5 +1,6 @@
 """The residual block of EDM's U-Nets (arXiv 2206.00364, Appendix F.2) with optional resampling and self-attention."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from jaxtyping import Float
@@ -13,10 +14,9 @@ from fastcm.nn.layers import Conv, GroupNorm, Linear, Resample
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass is told: embeddings of the condition (and second time), key for dropout."""
+    """What the blocks of one forward pass are told: each ``site``'s affine map of the embeddings, and the key for dropout."""
 
-    emb_NE: Tensor
-    second_NE: Tensor | None = None
+    affine_NA: Sequence[Tensor]
     dropout: PhiloxKey | None = None
 
 
@@ -27,8 +27,8 @@ class Block(nn.Module):
 
     mod adds affine(emb) before the norm, or scales by 1 + its first half and shifts by its second half after it
     (``family.adaptive_scale``); s = ``family.skip_scale``. ``resample`` changes the resolution in conv0 and in the
-    shortcut. ``dropout_site`` numbers this block among the users of one dropout key. With ``second_time`` there is an
-    affine_s, zero at first, whose output of the second embedding is added to that of affine.
+    shortcut. ``site`` numbers this block among those of its network. With ``second_time`` there is an affine_s, zero at
+    first, whose output of the second embedding is added to that of affine; the network applies both for all its blocks.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.dropout, self.dropout_site = dropout, 0
+        self.dropout, self.site = dropout, 0
         self.adaptive_scale, self.skip_scale = family.adaptive_scale, family.skip_scale
         self.num_heads = family.num_heads(out_channels) if attention else 0
 
@@ -72,19 +72,17 @@ class Block(nn.Module):
 
     def forward(self, x_NCHW: Float[Tensor, "N C H W"], context: Context) -> Float[Tensor, "N C2 H2 W2"]:
         """[N, in_channels, H, W] to [N, out_channels, H', W'] in the dtype of x."""
-        key = None if context.dropout is None else context.dropout.at(self.dropout_site)
+        key = None if context.dropout is None else context.dropout.at(self.site)
+        modulation = self._modulation(context.affine_NA[self.site])
         h = self.conv0(self.norm0(x_NCHW, silu=True))
-        h = self.norm1(h, silu=True, dropout=self.dropout, dropout_key=key, **self._modulation(context))
+        h = self.norm1(h, silu=True, dropout=self.dropout, dropout_key=key, **modulation)
         h = self.conv1(h) + (x_NCHW if self.skip is None else self.skip(x_NCHW))
         return self._attend(self._scale(h))
 
-    def _modulation(self, context: Context) -> dict[str, Tensor]:
-        affine = self.affine(context.emb_NE)
-        if self.affine_s is not None:
-            affine = affine + self.affine_s(context.second_NE)
+    def _modulation(self, affine_NA: Tensor) -> dict[str, Tensor]:
         if not self.adaptive_scale:
-            return {"addend_NC": affine}
-        scale_NC, shift_NC = affine.chunk(2, dim=1)
+            return {"addend_NC": affine_NA}
+        scale_NC, shift_NC = affine_NA.chunk(2, dim=1)
         return {"scale_NC": scale_NC, "shift_NC": shift_NC}
 
     def _attend(self, x_NCHW: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The layers of the U-Nets: fp32 parameters, arithmetic in the dtype of the input, channels_last memory."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -29,6 +31,12 @@ class Linear(nn.Module):
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
         """[N, in_features] to [N, out_features]."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def linear_of_all(layers: Sequence[Linear], x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+    """The outputs of several layers with one input, side by side, by one matrix product."""
+    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 class Resample(nn.Module):

@@ -13,7 +13,7 @@ from fastcm.kernels.philox import PhiloxKey
 from fastcm.nn.blocks import Block, Context
 from fastcm.nn.embeddings import FourierEmbedding, PositionalEmbedding
 from fastcm.nn.families import FAMILIES, Family
-from fastcm.nn.layers import Conv, ConvThenDown, GroupNorm, Linear, Resample, init_weights
+from fastcm.nn.layers import Conv, ConvThenDown, GroupNorm, Linear, Resample, init_weights, linear_of_all
 
 
 class UNet(nn.Module):
@@ -63,9 +63,9 @@ class UNet(nn.Module):
         widths = [model_channels * mult for mult in channel_mult]
         skip_widths = self._build_encoder(widths, widths[0] if self.family.stem_mult else model_channels)
         self._build_decoder(widths, skip_widths)
-        blocks = [module for module in self.modules() if isinstance(module, Block)]
-        for site, block in enumerate(blocks):
-            block.dropout_site = site
+        self._blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for site, block in enumerate(self._blocks):
+            block.site = site
 
     def init_weights(self, seed: int) -> "UNet":
         """Draw all weights from Stream(seed, "init/<parameter name>") and return the network itself.
@@ -92,7 +92,7 @@ class UNet(nn.Module):
         Raises ValueError for arguments this network was not built for.
         """
         self._check(x_NCHW, second_N, labels, augment)
-        context = Context(*self.embed(c_noise_N, second_N, labels, augment), dropout)
+        context = Context(self._project(*self.embed(c_noise_N, second_N, labels, augment)), dropout)
         x_NCHW, skips = self._encode(x_NCHW.contiguous(memory_format=torch.channels_last), context)
         return self._decode(x_NCHW, skips, context)
 
@@ -115,6 +115,13 @@ class UNet(nn.Module):
             return emb_NE, None
         second = _plus(self.map_noise(second_N.to(dtype)), before)
         return emb_NE, F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(second))))
+
+    def _project(self, emb_NE: Tensor, second_NE: Tensor | None) -> tuple[Tensor, ...]:
+        """The affine maps of all blocks, in the order of their sites, as one matrix product instead of dozens of tiny ones."""
+        affine_NA = linear_of_all([block.affine for block in self._blocks], emb_NE)
+        if second_NE is not None:
+            affine_NA = affine_NA + linear_of_all([block.affine_s for block in self._blocks], second_NE)
+        return affine_NA.split([len(block.affine.bias) for block in self._blocks], dim=1)
 
     def _embed_labels(self, labels: Tensor | None, num: int, device: torch.device) -> Tensor | None:
         """What class labels add before or after the MLP; None in a network without labels."""
