@@ -22,7 +22,7 @@ def describe_installation() -> dict[str, Any]:
         "triton": _version("triton"),
         "devices": _devices(),
         "cpu_threads": torch.get_num_threads(),
-        "kernels": {op: f"{choice.backend} ({choice.reason})" for op, choice in ops.backends().items()},
+        "kernels": {op: f"{choice.backend} ({choice.reason})" for op, choice in ops.choices().items()},
         "configurations": shipped_configs(),
     }
 

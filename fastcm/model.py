@@ -87,14 +87,28 @@ class Model(nn.Module):
     ) -> Float[Tensor, "N C H W"]:
         """The raw network's output F(c_in x; c_noise), fp32; arguments as in ``forward``.
 
-        ``scalings`` replaces the preconditioner's own. Channels beyond the image's (iDDPM's variance) are dropped.
+        ``scalings`` replaces the preconditioner's own.
         """
         self._check_images(x_NCHW)
         scalings = self.precond.scalings(sigma_N) if scalings is None else scalings
         input_NCHW = (_per_image(scalings.c_in) * x_NCHW).to(self.dtype, memory_format=torch.channels_last)
-        labels = self._one_hot(labels, len(x_NCHW))
-        F_NCHW = self.net(input_NCHW, scalings.c_noise, labels=labels, augment=augment, dropout=dropout)
-        return F_NCHW[:, : self.image_shape[0]].float()
+        return self.from_input(input_NCHW, scalings.c_noise, labels, augment, dropout).float()
+
+    def from_input(
+        self,
+        input_NCHW: Float[Tensor, "N C H W"],
+        c_noise_N: Float[Tensor, " N"],
+        labels: Tensor | None = None,
+        augment: Float[Tensor, "N A"] | None = None,
+        dropout: PhiloxKey | None = None,
+    ) -> Float[Tensor, "N C H W"]:
+        """The raw network's output for images that are already scaled by c_in and have the torso's dtype, in that dtype.
+
+        Channels beyond the image's (iDDPM's variance) are dropped.
+        """
+        labels = self._one_hot(labels, len(input_NCHW))
+        F_NCHW = self.net(input_NCHW, c_noise_N, labels=labels, augment=augment, dropout=dropout)
+        return F_NCHW[:, : self.image_shape[0]]
 
     def _check_images(self, x_NCHW: Tensor) -> None:
         if x_NCHW.ndim != 4 or tuple(x_NCHW.shape[1:]) != self.image_shape:

@@ -1,64 +1,86 @@
-"""The one door to the kernels: each op has one signature here, and this file decides which backend runs it.
+"""The one door to the kernels: each op has one signature here; ``fastcm.backends`` decides which implementation runs."""
 
-A backend is asked for with ``use_backend`` or, for a whole process, with the environment variable FASTCM_BACKEND; the
-default, "auto", takes for each op the first available backend of its row in ``_IMPLEMENTATIONS``.
-"""
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
-
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastcm.errors import ConfigError
-from fastcm.kernels.attention import attention as attention_torch
-from fastcm.kernels.consistency_loss import consistency_loss as consistency_loss_torch
-from fastcm.kernels.group_norm import group_norm as group_norm_torch
+from fastcm import backends
+from fastcm.backends import TORCH, TRITON, Backend, Choice, triton_unavailable, use_backend
+from fastcm.kernels import attention as attention_kernels
+from fastcm.kernels import consistency_loss as consistency_loss_kernels
+from fastcm.kernels import group_norm as group_norm_kernels
+from fastcm.kernels import noise as noise_kernels
+from fastcm.kernels import optimizer as optimizer_kernels
+from fastcm.kernels.noise import NoisedInputs
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.kernels.resample import resample as resample_torch
+from fastcm.kernels.runtime.fallback import failures, is_strict
+from fastcm.kernels.runtime.pinned import architecture
 
-AUTO = "auto"
-ENVIRONMENT = "FASTCM_BACKEND"
+__all__ = [
+    "add_noise",
+    "attention",
+    "choices",
+    "consistency_loss",
+    "group_norm",
+    "optimizer_step",
+    "resample",
+    "use_backend",
+]
 
-# Per op the implementations by backend, fastest first; "torch" is the plain PyTorch truth and always there.
-_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "group_norm": {"torch": group_norm_torch},
-    "attention": {"torch": attention_torch},
-    "resample": {"torch": resample_torch},
-    "consistency_loss": {"torch": consistency_loss_torch},
+
+def _triton(run: Callable[..., Any]) -> Backend:
+    return Backend(run, triton_unavailable)
+
+
+# Per op its backends, fastest first; the last, "torch", is the plain PyTorch truth and runs anywhere.
+TABLE: dict[str, dict[str, Backend]] = {
+    "group_norm": {
+        TRITON: _triton(group_norm_kernels.group_norm),
+        TORCH: Backend(group_norm_kernels.group_norm_reference),
+    },
+    "attention": {
+        TRITON: _triton(attention_kernels.attention),
+        "xformers": Backend(attention_kernels.attention_xformers, attention_kernels.xformers_unavailable),
+        TORCH: Backend(attention_kernels.attention_reference),
+    },
+    "add_noise": {
+        TRITON: _triton(noise_kernels.add_noise),
+        TORCH: Backend(noise_kernels.add_noise_reference),
+    },
+    "consistency_loss": {
+        TRITON: _triton(consistency_loss_kernels.consistency_loss),
+        TORCH: Backend(consistency_loss_kernels.consistency_loss_reference),
+    },
+    "resample": {TORCH: Backend(resample_torch)},
+    "adam_step": {
+        TRITON: _triton(optimizer_kernels.optimizer_step),
+        "apex": Backend(
+            optimizer_kernels.optimizer_step_apex, lambda device, dtype: optimizer_kernels.apex_unavailable("adam")
+        ),
+        TORCH: Backend(optimizer_kernels.optimizer_step_reference),
+    },
+    "radam_step": {
+        TRITON: _triton(optimizer_kernels.optimizer_step),
+        TORCH: Backend(optimizer_kernels.optimizer_step_reference),
+    },
 }
-
-_requested = os.environ.get(ENVIRONMENT, AUTO)
-
-
-class Choice(NamedTuple):
-    """The backend that runs an op, and the reason in words."""
-
-    backend: str
-    reason: str
+backends.register(TABLE)
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block with this backend; "auto" means the fastest available one.
+def choices(device: torch.device | str | None = None) -> dict[str, Choice]:
+    """Which backend runs each op on a device (default: CUDA where there is one) for fp32 images, and why.
 
-    Compiled functions notice the change and compile again. Not for use from several threads at once.
-    Raises ConfigError for a name that no op has.
+    Raises ConfigError when FASTCM_BACKEND names none, KernelUnavailableError for a fallback under ``strict``.
     """
-    global _requested
-    _check(name, "use_backend")
-    before, _requested = _requested, name
-    try:
-        yield
-    finally:
-        _requested = before
-
-
-def backends() -> dict[str, Choice]:
-    """Which backend runs each op now and why, by name of the op; ConfigError when FASTCM_BACKEND names none."""
-    return {op: _choose(op) for op in _IMPLEMENTATIONS}
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = {op: backends.choose(op, row, device, torch.float32) for op, row in TABLE.items()}
+    failed = {op: Choice(TORCH, f"the Triton kernel failed to compile: {why}") for op, why in failures().items() if op in found}
+    return found | failed
 
 
 def group_norm(
@@ -79,7 +101,7 @@ def group_norm(
 
     dtype and memory format are those of x; no dropout without a key. arXiv 1803.08494, Eq. 1 and 2.
     """
-    return _implementation("group_norm")(
+    return _implementation("group_norm", x_NCHW)(
         x_NCHW,
         num_groups,
         weight_C,
@@ -96,12 +118,31 @@ def group_norm(
 
 def attention(qkv_NCHW: Float[Tensor, "N C3 H W"], num_heads: int) -> Float[Tensor, "N C H W"]:
     """Self-attention over pixels: softmax(q k^T / sqrt(D)) v, qkv channels ordered (3, heads, D); arXiv 1706.03762, Eq. 1."""
-    return _implementation("attention")(qkv_NCHW, num_heads)
+    tokens, head_dim = qkv_NCHW.shape[2] * qkv_NCHW.shape[3], qkv_NCHW.shape[1] // (3 * num_heads)
+    preferred = _preferred_attention(tokens, head_dim, qkv_NCHW.device.type, qkv_NCHW.device.index)
+    return _implementation("attention", qkv_NCHW, preferred)(qkv_NCHW, num_heads)
 
 
 def resample(x_NCHW: Float[Tensor, "N C H W"], filter: tuple[float, ...], up: bool) -> Float[Tensor, "N C H2 W2"]:
     """Double (``up``) or halve the resolution with a separable symmetric filter, normalised to sum 1 (2 for up) per axis."""
-    return _implementation("resample")(x_NCHW, filter, up)
+    return _implementation("resample", x_NCHW)(x_NCHW, filter, up)
+
+
+def add_noise(
+    clean_NCHW: Float[Tensor, "N C H W"],
+    noise: PhiloxKey | Float[Tensor, "N C H W"],
+    t_N: Float[Tensor, " N"],
+    c_in_t_N: Float[Tensor, " N"],
+    *,
+    r_N: Float[Tensor, " N"] | None = None,
+    c_in_r_N: Float[Tensor, " N"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> NoisedInputs:
+    """Images at one or two noise levels with one noise, and the network's inputs: x_t = y + t n, input_t = c_in_t x_t.
+
+    n is given as images or as the key to draw it. Not differentiable. arXiv 2206.00364, Eq. 7; arXiv 2303.01469, Eq. 10.
+    """
+    return _implementation("add_noise", clean_NCHW)(clean_NCHW, noise, t_N, c_in_t_N, r_N=r_N, c_in_r_N=c_in_r_N, dtype=dtype)
 
 
 def consistency_loss(
@@ -125,7 +166,7 @@ def consistency_loss(
     The target is D_r of the teacher, or ``clean`` where ``boundary_N`` or without a teacher; distance "squared" S,
     "l2" sqrt(S) or "pseudo_huber" sqrt(S + c^2) - c of the sum S of squares over pixels. arXiv 2310.14189, section 3.3.
     """
-    return _implementation("consistency_loss")(
+    return _implementation("consistency_loss", F_t)(
         F_t,
         x_t,
         c_skip_t,
@@ -142,23 +183,73 @@ def consistency_loss(
     )
 
 
-def _implementation(op: str) -> Callable[..., Tensor]:
-    return _IMPLEMENTATIONS[op][_choose(op).backend]
+def optimizer_step(
+    params: Sequence[Float[Tensor, "..."]],
+    grads: Sequence[Float[Tensor, "..."] | None],
+    exp_avg_P: Float[Tensor, " P"],
+    exp_avg_sq_P: Float[Tensor, " P"],
+    num_steps: Float[Tensor, ""],
+    lr: Float[Tensor, ""],
+    *,
+    kind: str,
+    betas: tuple[float, float],
+    eps: float,
+    loss_scale: Float[Tensor, ""] | None = None,
+    averages: Sequence[Float[Tensor, " P"]] = (),
+    ema_betas: Float[Tensor, " K"] | None = None,
+    copy_P: Float[Tensor, " P"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Apply gradients by "adam" or "radam", let averages and a low-precision copy follow, all in place: (finite, norm).
+
+    Where the norm is not finite nothing changes. arXiv 1412.6980, Alg. 1; arXiv 1908.03265, Alg. 2.
+    """
+    return _implementation(f"{kind}_step", exp_avg_P)(
+        params,
+        grads,
+        exp_avg_P,
+        exp_avg_sq_P,
+        num_steps,
+        lr,
+        kind=kind,
+        betas=betas,
+        eps=eps,
+        loss_scale=loss_scale,
+        averages=averages,
+        ema_betas=ema_betas,
+        copy_P=copy_P,
+    )
 
 
-def _choose(op: str) -> Choice:
-    available = _IMPLEMENTATIONS[op]
-    if _requested in available:
-        return Choice(_requested, "asked for by name")
-    _check(_requested, ENVIRONMENT)
-    if _requested != AUTO:
-        reason = f"{_requested} does not implement {op}"
-    else:
-        reason = "fastest available" if len(available) > 1 else "the only implementation so far"
-    return Choice(next(iter(available)), reason)
+def _implementation(op: str, images: Tensor, preferred: str | None = None) -> Callable[..., Any]:
+    device = images.device
+    return TABLE[op][_backend(op, backends.requested(), device.type, device.index, images.dtype, preferred)].run
 
 
-def _check(name: str, source: str) -> None:
-    names = [AUTO, *sorted({backend for available in _IMPLEMENTATIONS.values() for backend in available})]
-    if name not in names:
-        raise ConfigError(f"{source}: there is no backend {name!r} here; choose one of {', '.join(names)}")
+@torch.compiler.assume_constant_result
+def _backend(
+    op: str, requested: str, device_type: str, device_index: int | None, dtype: torch.dtype, preferred: str | None
+) -> str:
+    """The name of the backend; ``requested`` is an argument so that a compiled function is compiled again when it changes."""
+    return _chosen(op, requested, is_strict(), device_type, device_index, dtype, preferred)
+
+
+@lru_cache(maxsize=1024)
+def _chosen(
+    op: str,
+    requested: str,
+    strict: bool,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+    preferred: str | None,
+) -> str:
+    device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
+    return backends.choose(op, TABLE[op], device, dtype, preferred).backend
+
+
+@torch.compiler.assume_constant_result
+def _preferred_attention(tokens: int, head_dim: int, device_type: str, device_index: int | None) -> str | None:
+    """The backend that the architecture's table names for a shape; a CPU has no table."""
+    if device_type != "cuda":
+        return None
+    return attention_kernels.preferred_backend(tokens, head_dim, architecture(torch.device(device_type, device_index)))

@@ -224,3 +224,15 @@ def test_immediate_stop_does_not_claim_to_have_saved(monkeypatch, capsys):
         cli.main(["info"])
     assert ended.value.code == 1
     assert "without saving" in capsys.readouterr().err
+
+
+def test_a_kernel_backend_that_cannot_run_is_said_and_under_strict_refused(fastcm_cli):
+    command = ("train", "digits", "phases.pretrain.duration_images=64", "phases.tune.duration_images=128")
+    options = ("telemetry.evaluate=false", "compute.backend=triton", "--out", "run")
+    refused = fastcm_cli(*command, *options, "compute.strict=true")
+    assert refused.returncode == 2
+    assert "triton cannot run: Triton kernels need a CUDA device, not cpu" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    done = fastcm_cli(*command, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("add_noise runs on its PyTorch reference, because triton cannot run") == 1

@@ -107,6 +107,11 @@ def test_base_of_a_base_is_refused(tmp_path):
     assert "one level is allowed" in message(name=write(tmp_path, "base: parent.yaml\n"))
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_words_that_yaml_takes_for_truth_values_can_be_written_plainly(word):
+    assert load_config("digits", [f"compute.compile={word}"]).compute.compile == word
+
+
 def test_configuration_is_frozen():
     config = load_config("digits")
     with pytest.raises(ValidationError, match="frozen"):

@@ -75,11 +75,11 @@ def loss_of(case, objective, stage=None):
     t = lognormal_sigma(case.tensors["in/rnd_normal"].flatten(), objective.p_mean, objective.p_std)
     decay = torch.tensor(stage_decay(case.config["stage"] if stage is None else stage, objective.q))
     r = t_to_r(t, decay, objective.mapping, objective.k, objective.b)
-    pair = noise_pair(batch.images, noise, t, r)
+    pair = noise_pair(batch.images, noise, t, r, precond)
     if not sampling:
         return pair, objective.loss_at(model, batch, t, noise, decay).loss_N, model
     weight = consistency_weight(t, r, objective.weight, objective.sigma_data)
-    loss = pair_loss(model, model, precond, pair, batch, weight, distance=objective.distance, c=objective.c)
+    loss = pair_loss(model, model, pair, batch, weight, distance=objective.distance, c=objective.c)
     return pair, loss, model
 
 
@@ -87,8 +87,8 @@ def loss_of(case, objective, stage=None):
 def test_loss_and_gradients_are_the_official_ones(name):
     case = load_case(name)
     pair, loss, model = loss_of(case, objective_of(case))
-    case.close(pair.t_N[:, None, None, None], "mid/t")
-    case.close(torch.where(pair.boundary_N, 0, pair.r_N)[:, None, None, None], "mid/r")
+    case.close(pair.at_t.sigma_N[:, None, None, None], "mid/t")
+    case.close(torch.where(pair.boundary_N, 0, pair.at_r.sigma_N)[:, None, None, None], "mid/r")
     assert pair.boundary_N.sum() == case.config["n_r_zero"]
     case.close(loss, "out/loss")
     case.close(loss.mean(), "out/loss_mean")
@@ -100,9 +100,9 @@ def test_loss_and_gradients_are_the_official_ones(name):
 def test_student_and_target_images_are_the_official_ones(name):
     case = load_case(name)
     pair, _, model = loss_of(case, objective_of(case))
-    case.close(model(pair.x_t_NCHW, pair.t_N), "mid/D_yt")
+    case.close(model(pair.at_t.x_NCHW, pair.at_t.sigma_N), "mid/D_yt")
     inner = ~pair.boundary_N
-    actual = model(pair.x_r_NCHW[inner], pair.r_N[inner])
+    actual = model(pair.at_r.x_NCHW[inner], pair.at_r.sigma_N[inner])
     torch.testing.assert_close(
         actual, case.tensors["mid/D_yr"][inner], rtol=case.tolerance["rtol"], atol=case.tolerance["atol"]
     )

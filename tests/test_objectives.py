@@ -15,7 +15,7 @@ from fastcm.errors import ConfigError
 from fastcm.model import Model, one_hot
 from fastcm.nn import UNet
 from fastcm.objectives import ECT, OBJECTIVES, EDMObjective
-from fastcm.objectives.base import draw_noise, dropout_key
+from fastcm.objectives.base import dropout_key, noise_key
 from fastcm.objectives.consistency import noise_pair, pair_loss
 from fastcm.random import Stream
 
@@ -195,7 +195,7 @@ def test_ect_noise_levels_are_lognormal_and_not_clipped():
 def boundary_case(objective, t=(0.01, 0.3, 5.0, 60.0, 0.2)):
     """(spy, batch, terms) with decay 1/2, where r = 0 for t up to 1.946."""
     spy, batch = Spy(), tiny_batch()
-    terms = objective.loss_at(Model(spy, EDM(), SHAPE, 4), batch, torch.tensor(t), draw_noise(batch, 1), torch.tensor(0.5))
+    terms = objective.loss_at(Model(spy, EDM(), SHAPE, 4), batch, torch.tensor(t), noise_key(batch, 1), torch.tensor(0.5))
     return spy, batch, terms
 
 
@@ -203,7 +203,7 @@ def test_rows_with_r_zero_are_compared_with_the_clean_image():
     _, batch, terms = boundary_case(ECT())
     t = terms.sigma_N[:, None, None, None]
     c_skip, c_out, c_in, _ = (value[:, None, None, None] for value in EDM().scalings(terms.sigma_N))
-    x = batch.images + t * draw_noise(batch, 1)
+    x = batch.images + t * Stream(1, "noise").image_normal(batch.index, SHAPE)
     distance = (c_skip * x + c_out * 0.5 * c_in * x - batch.images).flatten(1).norm(dim=1)
     assert terms.logs["boundary"].item() == pytest.approx(3 / 5)
     rows = terms.sigma_N < 1.9
@@ -225,7 +225,7 @@ def test_network_is_never_asked_for_noise_level_zero():
 def test_gradient_is_finite_at_r_zero():
     model, batch = tiny_model(), tiny_batch()
     t = torch.tensor([1e-6, 0.01, 0.3, 1.0, 1.9])
-    terms = ECT().loss_at(model, batch, t, draw_noise(batch, 1), torch.tensor(0.5), dropout_key(batch, 1))
+    terms = ECT().loss_at(model, batch, t, noise_key(batch, 1), torch.tensor(0.5), dropout_key(batch, 1))
     assert terms.logs["boundary"] == 1
     terms.loss_N.mean().backward()
     assert terms.loss_N.isfinite().all()
@@ -250,9 +250,9 @@ def test_gradient_is_finite_where_student_equals_target(distance, c):
 
 def test_student_and_target_share_their_dropout_masks():
     model, batch = tiny_model(dropout=0.5), tiny_batch()
-    t, noise, key = torch.full((5,), 2.0), draw_noise(batch, 1), dropout_key(batch, 1)
-    pair = noise_pair(batch.images, noise, t, t)  # the same point twice: equal outputs if and only if equal masks
-    loss = pair_loss(model, model, EDM(), pair, batch, torch.ones(5), dropout=key)
+    t, noise, key = torch.full((5,), 2.0), noise_key(batch, 1), dropout_key(batch, 1)
+    pair = noise_pair(batch.images, noise, t, t, EDM())  # the same point twice: equal outputs if and only if equal masks
+    loss = pair_loss(model, model, pair, batch, torch.ones(5), dropout=key)
     torch.testing.assert_close(loss, torch.zeros(5), rtol=0, atol=1e-5)
     spy = Spy()
     losses(ECT(), Model(spy, EDM(), SHAPE, 4), batch)
@@ -273,22 +273,20 @@ def test_both_evaluations_see_labels_and_augmentation():
 def test_target_gets_no_gradient():
     student, batch = tiny_model(), tiny_batch()
     target = copy.deepcopy(student)
-    noise, t = draw_noise(batch, 1), torch.tensor([3.0, 4.0, 5.0, 6.0, 7.0])
-    pair = noise_pair(batch.images, noise, t, t / 2)
-    pair_loss(student, target, EDM(), pair, batch, torch.ones(5)).mean().backward()
+    noise, t = noise_key(batch, 1), torch.tensor([3.0, 4.0, 5.0, 6.0, 7.0])
+    pair = noise_pair(batch.images, noise, t, t / 2, EDM())
+    pair_loss(student, target, pair, batch, torch.ones(5)).mean().backward()
     assert all(parameter.grad is None for parameter in target.parameters())
-    expected = torch.autograd.grad(
-        pair_loss(student, student, EDM(), pair, batch, torch.ones(5)).mean(), list(student.parameters())
-    )
+    expected = torch.autograd.grad(pair_loss(student, student, pair, batch, torch.ones(5)).mean(), list(student.parameters()))
     for parameter, gradient in zip(student.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_pair_shares_its_noise():
     batch = tiny_batch()
-    noise, t = draw_noise(batch, 1), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    pair = noise_pair(batch.images, noise, t, t / 4)
-    torch.testing.assert_close((pair.x_t_NCHW - batch.images) / 4, pair.x_r_NCHW - batch.images)
+    noise, t = noise_key(batch, 1), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    pair = noise_pair(batch.images, noise, t, t / 4, EDM())
+    torch.testing.assert_close((pair.at_t.x_NCHW - batch.images) / 4, pair.at_r.x_NCHW - batch.images)
 
 
 @pytest.mark.parametrize("mapping", ["sigmoid", "const"])

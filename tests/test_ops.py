@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from fastcm import ops
+from fastcm import backends, ops
+from fastcm.backends import Backend
 from fastcm.errors import ConfigError
+from fastcm.kernels.runtime.fallback import KernelUnavailableError, is_strict
 from fastcm.random import Stream
 
 CHANNELS_LAST = torch.channels_last
@@ -204,14 +206,15 @@ def test_unknown_backend_is_refused_with_the_names_that_exist():
         pass
 
 
-def test_backends_say_what_runs_and_why():
-    assert set(ops.backends()) >= {"group_norm", "attention", "resample"}
+def test_choices_say_what_runs_and_why():
+    assert set(ops.choices()) >= {"group_norm", "attention", "resample"}
+    assert ops.choices("cpu")["add_noise"] == ("torch", "Triton kernels need a CUDA device, not cpu")
     with ops.use_backend("torch"):
-        assert set(ops.backends().values()) == {("torch", "asked for by name")}
+        assert set(ops.choices().values()) == {("torch", "asked for by name")}
 
 
 def test_environment_variable_chooses_the_backend_and_is_checked():
-    code = "from fastcm import ops; print(ops.backends()['attention'].reason)"
+    code = "from fastcm import ops; print(ops.choices()['attention'].reason)"
     for value, expected in (("torch", "asked for by name"), ("warp", "FASTCM_BACKEND: there is no backend 'warp'")):
         environment = os.environ | {"FASTCM_BACKEND": value}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -220,20 +223,59 @@ def test_environment_variable_chooses_the_backend_and_is_checked():
 
 @pytest.fixture
 def doubling_backend(monkeypatch):
-    """A second backend that implements one op, wrongly enough to be told apart."""
-    both = {"doubling": lambda qkv, heads: 2 * ops.attention_torch(qkv, heads), **ops._IMPLEMENTATIONS["attention"]}
-    monkeypatch.setitem(ops._IMPLEMENTATIONS, "attention", both)
+    """A second backend that implements one op, wrongly enough to be told apart, and does not run in bfloat16."""
+
+    def unavailable(device, dtype):
+        return "no bfloat16 here" if dtype == torch.bfloat16 else None
+
+    reference = ops.TABLE["attention"]["torch"].run
+    doubling = Backend(lambda qkv, heads: 2 * reference(qkv, heads), unavailable)
+    monkeypatch.setattr(backends, "_names", {*backends._names, "doubling"})
+    monkeypatch.setitem(ops.TABLE, "attention", {"doubling": doubling, **ops.TABLE["attention"]})
+    backends._warn_once.cache_clear()
+    ops._chosen.cache_clear()
+    yield
+    ops._chosen.cache_clear()
 
 
 @pytest.mark.usefixtures("doubling_backend")
-def test_backend_is_the_first_of_its_row_unless_asked_for():
+def test_backend_is_the_first_of_its_row_that_runs_unless_asked_for():
     qkv = image(1, 6, 2, 2)
     with ops.use_backend("torch"):
         plain = ops.attention(qkv, 1)
     torch.testing.assert_close(ops.attention(qkv, 1), 2 * plain)
     with ops.use_backend("doubling"):
-        assert ops.backends()["resample"] == ("torch", "doubling does not implement resample")
-    assert ops.backends()["attention"] == ("doubling", "fastest available")
+        assert ops.choices()["resample"] == ("torch", "doubling does not implement resample")
+    torch.testing.assert_close(ops.attention(qkv.bfloat16(), 1), plain.bfloat16(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("doubling_backend")
+def test_fallback_is_said_once_with_its_reason_and_is_an_error_under_strict(caplog):
+    qkv = image(1, 6, 2, 2, dtype=torch.bfloat16)
+    with ops.use_backend("doubling"):
+        for _ in range(2):
+            ops.attention(qkv, 1)
+    assert caplog.messages == ["attention runs on its PyTorch reference, because doubling cannot run: no bfloat16 here"]
+    with (
+        ops.use_backend("doubling", strict=True),
+        pytest.raises(KernelUnavailableError, match="attention: doubling cannot run: no bfloat16 here"),
+    ):
+        ops.attention(qkv, 1)
+    assert not is_strict()
+
+
+def test_kernels_asked_for_where_they_cannot_run_fall_back_or_fail():
+    x, level = image(2, 3, 4, 4, dtype=torch.float32), torch.ones(2)
+    key = Stream(0, "noise").at(torch.arange(2))
+    with ops.use_backend("triton"):
+        noised = ops.add_noise(x, key, level, level)
+    with ops.use_backend("torch"):
+        assert torch.equal(noised.x_t, ops.add_noise(x, key, level, level).x_t)
+    with (
+        ops.use_backend("triton", strict=True),
+        pytest.raises(KernelUnavailableError, match=r"add_noise.*CUDA device, not cpu"),
+    ):
+        ops.add_noise(x, key, level, level)
 
 
 @pytest.mark.usefixtures("doubling_backend")

@@ -96,6 +96,27 @@ def test_optimizer_compiles_without_graph_breaks():
     assert all(torch.equal(params[name], plain[name]) for name in SHAPES)
 
 
+def test_average_in_the_step_is_the_average_beside_it():
+    together, beside = parameters(), parameters()
+    inside, outside = WeightAverage(together), WeightAverage(beside)
+    one = Optimizer(together, "radam", (0.9, 0.99), 1e-8, averages=[inside])
+    two = Optimizer(beside, "radam", (0.9, 0.99), 1e-8)
+    for step in range(8):
+        beta = torch.tensor(ema_beta(EMAConfig(halflife_images=1000), 100 * step, 100))
+        set_gradients(together, step)
+        set_gradients(beside, step)
+        one.step(LR, beta[None])
+        outside.update(beta, two.step(LR)[0])
+    assert all(torch.equal(inside.averages[name], outside.averages[name]) for name in SHAPES)
+    assert all(torch.equal(together[name], beside[name]) for name in SHAPES)
+
+
+def test_state_is_saved_by_the_names_of_the_parameters():
+    state = Optimizer(parameters(), "adam", (0.9, 0.99), 1e-8).state_dict()
+    assert list(state) == [f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq") for name in SHAPES] + ["num_steps"]
+    assert [tuple(state[f"exp_avg/{name}"].shape) for name in SHAPES] == list(SHAPES.values())
+
+
 def test_average_follows_its_half_life():
     params = {"a": torch.nn.Parameter(torch.zeros(1))}
     average = WeightAverage(params)

@@ -4,7 +4,8 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastcm.config import load_config
 from fastcm.nn.blocks import Block
@@ -16,6 +17,9 @@ SHAPE_SETS = {
     "ddpmpp32": ("ect_cifar10", (3, 32, 32), 0, 9),
     "adm64": ("ect_imagenet64_adm", (3, 64, 64), 1000, 0),
 }
+# Small enough for any machine: to try the benchmark itself.
+TOY_SETS = {"digits8": ("digits", (1, 8, 8), 0, 0)}
+ALL_SETS = SHAPE_SETS | TOY_SETS
 
 
 class GroupNormShape(NamedTuple):
@@ -38,16 +42,73 @@ class AttentionShape(NamedTuple):
     head_dim: int
 
 
+class ConvShape(NamedTuple):
+    """One kind of call of a convolution: channels, side of its input (after resampling) and of its kernel, stride, padding."""
+
+    in_channels: int
+    out_channels: int
+    resolution: int
+    kernel: int
+    stride: int
+    padding: int
+
+    @property
+    def flops_per_image(self) -> int:
+        """Floating-point operations of the forward pass; each of the two gradients takes as many."""
+        side = (self.resolution + 2 * self.padding - self.kernel) // self.stride + 1
+        return 2 * self.in_channels * self.out_channels * self.kernel**2 * side**2
+
+
 def kernel_calls(shape_set: str) -> Counter[GroupNormShape | AttentionShape]:
     """How often one training forward pass of the network makes each kind of call, dropout included."""
-    config_name, image_shape, label_dim, augment_dim = SHAPE_SETS[shape_set]
     calls: Counter[GroupNormShape | AttentionShape] = Counter()
-    with torch.device("meta"):
-        net = build_network(load_config(config_name).network, image_shape, label_dim, augment_dim, dropout=0.1)
-        for module in net.modules():
-            _watch(module, calls)
-        net(torch.empty(1, *image_shape), torch.empty(1))
+    net = _network(shape_set)
+    for module in net.modules():
+        _watch(module, calls)
+    _forward(net, shape_set)
     return calls
+
+
+def conv_calls(shape_set: str) -> Counter[ConvShape]:
+    """How often one forward pass of the network makes each kind of convolution."""
+    net, watcher = _network(shape_set), _ConvWatcher()
+    with watcher:
+        _forward(net, shape_set)
+    return watcher.calls
+
+
+def parameter_shapes(shape_set: str) -> list[tuple[int, ...]]:
+    """The shapes of the network's parameters."""
+    return [tuple(p.shape) for p in _network(shape_set).parameters()]
+
+
+def _network(shape_set: str) -> nn.Module:
+    config_name, image_shape, label_dim, augment_dim = ALL_SETS[shape_set]
+    with torch.device("meta"):
+        return build_network(load_config(config_name).network, image_shape, label_dim, augment_dim, dropout=0.1)
+
+
+def _forward(net: nn.Module, shape_set: str) -> None:
+    with torch.device("meta"):
+        net(torch.empty(1, *ALL_SETS[shape_set][1]), torch.empty(1))
+
+
+class _ConvWatcher(TorchFunctionMode):
+    """Counts convolutions where they are called, so whatever the layers did to their inputs before is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[ConvShape] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d:
+            self._count(args[0], args[1], kwargs.get("stride", 1), kwargs.get("padding", 0))
+        return func(*args, **kwargs)
+
+    def _count(self, x_NCHW: Tensor, weight_OIHW: Tensor, stride: int, padding: int) -> None:
+        out_channels, in_channels, kernel, _ = weight_OIHW.shape
+        self.calls[ConvShape(in_channels, out_channels, x_NCHW.shape[2], kernel, stride, padding)] += 1
 
 
 def _watch(module: nn.Module, calls: Counter[GroupNormShape | AttentionShape]) -> None:

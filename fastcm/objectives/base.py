@@ -69,9 +69,9 @@ class Objective(Protocol):
         ...
 
 
-def draw_noise(batch: TrainingBatch, seed: int) -> Float[Tensor, "N C H W"]:
-    """Unit normal noise like the batch's images, from the stream "noise"."""
-    return Stream(seed, "noise").image_normal(batch.index, tuple(batch.images.shape[1:]))
+def noise_key(batch: TrainingBatch, seed: int) -> PhiloxKey:
+    """The key of the unit normal noise of the batch's images, from the stream "noise"."""
+    return Stream(seed, "noise").at(batch.index)
 
 
 def dropout_key(batch: TrainingBatch, seed: int) -> PhiloxKey:

@@ -14,49 +14,60 @@ from torch import Tensor
 from fastcm import ops
 from fastcm.diffusion.consistency import MAPPINGS, WEIGHTS, consistency_weight, stage_decay, stage_of, t_to_r
 from fastcm.diffusion.noise_distributions import lognormal_sigma
-from fastcm.diffusion.preconditioners import EDM, EDMBoundary, Preconditioner
+from fastcm.diffusion.preconditioners import EDM, EDMBoundary, Preconditioner, Scalings
 from fastcm.errors import ConfigError
 from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import Model
-from fastcm.objectives.base import LossTerms, TrainingBatch, draw_noise, dropout_key
+from fastcm.objectives.base import LossTerms, TrainingBatch, dropout_key, noise_key
 from fastcm.random import Stream
 
 
-class Pair(NamedTuple):
-    """Two points of one trajectory per image: x_t at noise level t and x_r at r < t.
+class Point(NamedTuple):
+    """One point of a trajectory per image: its noise level, the scalings there, x, and what the network is given of x."""
 
-    Where ``boundary_N``, r is 0 and the target is the clean image; x_r and r then hold a stand-in that the network can
-    take, and what it makes of it is not used.
+    sigma_N: Float[Tensor, " N"]
+    scalings: Scalings
+    x_NCHW: Float[Tensor, "N C H W"]
+    input_NCHW: Float[Tensor, "N C H W"]
+
+
+class Pair(NamedTuple):
+    """Two points of one trajectory per image, at noise levels t and r < t.
+
+    Where ``boundary_N``, r is 0 and the target is the clean image; the second point then holds a stand-in that the network
+    can take, and what it makes of it is not used.
     """
 
-    t_N: Float[Tensor, " N"]
-    r_N: Float[Tensor, " N"]
-    x_t_NCHW: Float[Tensor, "N C H W"]
-    x_r_NCHW: Float[Tensor, "N C H W"]
+    at_t: Point
+    at_r: Point
     boundary_N: Bool[Tensor, " N"]
 
 
 def noise_pair(
     images_NCHW: Float[Tensor, "N C H W"],
-    noise_NCHW: Float[Tensor, "N C H W"],
+    noise: PhiloxKey | Float[Tensor, "N C H W"],
     t_N: Float[Tensor, " N"],
     r_N: Float[Tensor, " N"],
+    precond: Preconditioner,
+    dtype: torch.dtype = torch.float32,
 ) -> Pair:
     """The pair that shares its noise: x_t = y + t n, x_r = y + r n, an unbiased step along the trajectory.
 
-    arXiv 2303.01469, Eq. 10. Rows with r = 0 get t in place of r, because c_noise = ln(r) / 4 does not exist there.
+    arXiv 2303.01469, Eq. 10; n is unit normal noise or the key to draw it, dtype that of the network's input. Rows with
+    r = 0 get t in place of r, because c_noise = ln(r) / 4 does not exist there.
     """
     boundary_N = r_N <= 0
     r_N = torch.where(boundary_N, t_N, r_N)
-    x_t, x_r = (images_NCHW + level_N[:, None, None, None] * noise_NCHW for level_N in (t_N, r_N))
-    return Pair(t_N, r_N, x_t, x_r, boundary_N)
+    at_t, at_r = precond.scalings(t_N), precond.scalings(r_N)
+    noised = ops.add_noise(images_NCHW, noise, t_N, at_t.c_in, r_N=r_N, c_in_r_N=at_r.c_in, dtype=dtype)
+    points = Point(t_N, at_t, noised.x_t, noised.input_t), Point(r_N, at_r, noised.x_r, noised.input_r)
+    return Pair(*points, boundary_N)
 
 
 def pair_loss(
     student: Model,
     target: Model,
-    precond: Preconditioner,
     pair: Pair,
     batch: TrainingBatch,
     weight_N: Float[Tensor, " N"],
@@ -71,21 +82,21 @@ def pair_loss(
     of ``ops.consistency_loss``.
     """
     conditions = (batch.labels, batch.augment, dropout)
-    at_t, at_r = precond.scalings(pair.t_N), precond.scalings(pair.r_N)
-    F_t = student.raw(pair.x_t_NCHW, pair.t_N, *conditions, scalings=at_t)
+    at_t, at_r = pair.at_t, pair.at_r
+    F_t = student.from_input(at_t.input_NCHW, at_t.scalings.c_noise, *conditions)
     with torch.no_grad():
-        F_r = target.raw(pair.x_r_NCHW, pair.r_N, *conditions, scalings=at_r)
+        F_r = target.from_input(at_r.input_NCHW, at_r.scalings.c_noise, *conditions)
     return ops.consistency_loss(
         F_t,
-        pair.x_t_NCHW,
-        at_t.c_skip,
-        at_t.c_out,
+        at_t.x_NCHW,
+        at_t.scalings.c_skip,
+        at_t.scalings.c_out,
         batch.images,
         weight_N,
         F_r=F_r,
-        x_r=pair.x_r_NCHW,
-        c_skip_r=at_r.c_skip,
-        c_out_r=at_r.c_out,
+        x_r=at_r.x_NCHW,
+        c_skip_r=at_r.scalings.c_skip,
+        c_out_r=at_r.scalings.c_out,
         boundary_N=pair.boundary_N,
         distance=distance,
         c=c,
@@ -140,24 +151,24 @@ class ECT:
     def loss(self, model: Model, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
         """The loss of each image; t, noise and dropout masks from the streams "sigma", "noise" and "dropout"."""
         t_N = lognormal_sigma(Stream(seed, "sigma").normal(batch.index), self.p_mean, self.p_std)
-        return self.loss_at(model, batch, t_N, draw_noise(batch, seed), schedule["decay"], dropout_key(batch, seed))
+        return self.loss_at(model, batch, t_N, noise_key(batch, seed), schedule["decay"], dropout_key(batch, seed))
 
     def loss_at(
         self,
         model: Model,
         batch: TrainingBatch,
         t_N: Float[Tensor, " N"],
-        noise_NCHW: Float[Tensor, "N C H W"],
+        noise: PhiloxKey | Float[Tensor, "N C H W"],
         decay: Float[Tensor, ""] | float,
         dropout: PhiloxKey | None = None,
     ) -> LossTerms:
-        """The loss of each image at given noise levels and unit normal noise.
+        """The loss of each image at given noise levels, with unit normal noise or the key to draw it.
 
         ``logs["boundary"]`` is the share of images with r = 0.
         """
         r_N = t_to_r(t_N, decay, self.mapping, self.k, self.b)
         weight_N = consistency_weight(t_N, r_N, self.weight, self.sigma_data)
-        pair = noise_pair(batch.images, noise_NCHW, t_N, r_N)
+        pair = noise_pair(batch.images, noise, t_N, r_N, self.precond, model.dtype)
         options = {"distance": self.distance, "c": self.c, "dropout": dropout}
-        loss_N = pair_loss(model, model, self.precond, pair, batch, weight_N, **options)
+        loss_N = pair_loss(model, model, pair, batch, weight_N, **options)
         return LossTerms(loss_N, t_N, {"boundary": pair.boundary_N.float().mean()})

@@ -12,7 +12,7 @@ from fastcm.diffusion.preconditioners import EDM, VE, VP, Preconditioner
 from fastcm.errors import ConfigError
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import Model
-from fastcm.objectives.base import LossTerms, TrainingBatch, draw_noise, dropout_key
+from fastcm.objectives.base import LossTerms, TrainingBatch, dropout_key, noise_key
 from fastcm.random import Stream
 
 VARIANTS = ("edm", "vp", "ve")
@@ -68,23 +68,23 @@ class EDMObjective:
         """The loss of each image, noise level and noise drawn from the streams "sigma" and "noise"."""
         noise, stream = self.noise, Stream(seed, "sigma")
         draw_N = stream.normal(batch.index) if noise.draw == "normal" else stream.uniform(batch.index)
-        return self.loss_at(model, batch, noise.sigma(draw_N), draw_noise(batch, seed), dropout_key(batch, seed))
+        return self.loss_at(model, batch, noise.sigma(draw_N), noise_key(batch, seed), dropout_key(batch, seed))
 
     def loss_at(
         self,
         model: Model,
         batch: TrainingBatch,
         sigma_N: Float[Tensor, " N"],
-        noise_NCHW: Float[Tensor, "N C H W"],
+        noise: PhiloxKey | Float[Tensor, "N C H W"],
         dropout: PhiloxKey | None = None,
     ) -> LossTerms:
-        """The loss of each image at given noise levels and unit normal noise."""
-        x_NCHW = batch.images + sigma_N[:, None, None, None] * noise_NCHW
+        """The loss of each image at given noise levels, with unit normal noise or the key to draw it."""
         scalings = self.precond.scalings(sigma_N)
-        F_NCHW = model.raw(x_NCHW, sigma_N, batch.labels, batch.augment, dropout, scalings)
+        noised = ops.add_noise(batch.images, noise, sigma_N, scalings.c_in, dtype=model.dtype)
+        F_NCHW = model.from_input(noised.input_t, scalings.c_noise, batch.labels, batch.augment, dropout)
         weight_N = self.noise.weight(sigma_N)
         loss_N = ops.consistency_loss(
-            F_NCHW, x_NCHW, scalings.c_skip, scalings.c_out, batch.images, weight_N, distance="squared"
+            F_NCHW, noised.x_t, scalings.c_skip, scalings.c_out, batch.images, weight_N, distance="squared"
         )
         return LossTerms(loss_N, sigma_N, {})
 

@@ -39,8 +39,8 @@ class Phase:
         self.model = self._build_model(data)
         parameters = dict(self.model.net.named_parameters())
         opt = self.settings.optimizer
-        self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps)
         self.averages = {ema: WeightAverage(parameters) for ema in self.settings.emas}
+        self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps, averages=list(self.averages.values()))
         augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
         self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
         self.gradient = GradientStep(
@@ -92,9 +92,9 @@ class Phase:
         batch = self.loader.batch(self.first_image + self.images)
         schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
         loss_N, sigma_N = self.gradient(batch, schedule)
-        finite, norm = self.optimizer.step(self._scalar(self.learning_rate))
-        for name, average in self.averages.items():
-            average.update(self._scalar(ema_beta(self.settings.emas[name], self.images, self.settings.batch_size)), finite)
+        emas, size = self.settings.emas.values(), self.settings.batch_size
+        ema_betas = torch.stack([self._scalar(ema_beta(ema, self.images, size)) for ema in emas])
+        finite, norm = self.optimizer.step(self._scalar(self.learning_rate), ema_betas)
         self.meter.add(loss_N, sigma_N, norm, finite)
         self.images += self.settings.batch_size
 

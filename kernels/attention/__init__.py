@@ -1,5 +1,16 @@
 """Self-attention over pixels."""
 
-from .reference import attention
+from .dispatch import preferred_backend
+from .reference import attention as attention_reference
+from .registration import attention, attention_jvp
+from .xformers import attention as attention_xformers
+from .xformers import unavailable as xformers_unavailable
 
-__all__ = ["attention"]
+__all__ = [
+    "attention",
+    "attention_jvp",
+    "attention_reference",
+    "attention_xformers",
+    "preferred_backend",
+    "xformers_unavailable",
+]

@@ -4,7 +4,7 @@ Shapes: N samples, C channels, H by W pixels. Arithmetic is fp32, or fp64 where 
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 DISTANCES = ("l2", "squared", "pseudo_huber")
@@ -40,20 +40,36 @@ def consistency_loss(
     Raises ValueError for an unknown distance, a negative c or a teacher that is given only in part.
     """
     teacher = (F_r, x_r, c_skip_r, c_out_r)
-    _check(teacher, distance, c)
-    D_t = _denoised(F_t, x_t, c_skip_t, c_out_t)
-    target = clean.to(D_t.dtype) if F_r is None else _target(_denoised(*teacher), clean, boundary_N)
-    squares_N = (D_t - target.detach()).square().flatten(1).sum(1)
-    return weight_N * _distance(squares_N, distance, c)
+    check_options(teacher, distance, c)
+    difference_NCHW = difference((F_t, x_t, c_skip_t, c_out_t), clean, teacher, boundary_N)
+    return weight_N * distance_of(sum_of_squares(difference_NCHW), distance, c)
 
 
-def _check(teacher: tuple[Tensor | None, ...], distance: str, c: float) -> None:
+def check_options(teacher: tuple[Shaped[Tensor, "..."] | None, ...], distance: str, c: float) -> None:
+    """Raise ValueError for an unknown distance, a negative c or a teacher (F_r, x_r, c_skip_r, c_out_r) given in part."""
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}; choose one of {', '.join(DISTANCES)}")
     if c < 0:
         raise ValueError(f"the pseudo-Huber constant c must not be negative, got {c}")
     if len({part is None for part in teacher}) > 1:
         raise ValueError("a teacher needs all of F_r, x_r, c_skip_r and c_out_r")
+
+
+def difference(
+    student: tuple[Shaped[Tensor, "..."], ...],
+    clean: Float[Tensor, "N C H W"],
+    teacher: tuple[Shaped[Tensor, "..."] | None, ...],
+    boundary_N: Bool[Tensor, " N"] | None,
+) -> Float[Tensor, "N C H W"]:
+    """D_t minus its target, which carries no gradient; student and teacher are (F, x, c_skip, c_out)."""
+    D_t = _denoised(*student)
+    target = clean.to(D_t.dtype) if teacher[0] is None else _target(_denoised(*teacher), clean, boundary_N)
+    return D_t - target.detach()
+
+
+def sum_of_squares(x_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
+    """S per sample."""
+    return x_NCHW.square().flatten(1).sum(1)
 
 
 def _denoised(F: Tensor, x: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
@@ -70,7 +86,8 @@ def _target(D_r: Tensor, clean: Tensor, boundary_N: Tensor | None) -> Tensor:
     return D_r if boundary_N is None else torch.where(_per_image(boundary_N), clean.to(D_r.dtype), D_r)
 
 
-def _distance(squares_N: Tensor, distance: str, c: float) -> Tensor:
+def distance_of(squares_N: Float[Tensor, " N"], distance: str, c: float) -> Float[Tensor, " N"]:
+    """d from S: S, sqrt(S) or sqrt(S + c^2) - c, with derivative 0 where the root is 0."""
     if distance == "squared":
         return squares_N
     c = c if distance == "pseudo_huber" else 0.0

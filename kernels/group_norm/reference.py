@@ -46,7 +46,7 @@ def group_norm(
     normalise = two_pass_norm if _suits_two_pass(x_NCHW) else _native_norm
     y = normalise(x_NCHW.to(dtype), num_groups, weight_1C, bias_1C, eps, addend_NC)
     # PyTorch's kernels return NCHW memory on CUDA up to 2.14 whatever they were given.
-    y = y.contiguous(memory_format=_memory_format(x_NCHW))
+    y = y.contiguous(memory_format=memory_format(x_NCHW))
     if silu:
         y = F.silu(y)
     if dropout_key is not None and dropout > 0:
@@ -80,7 +80,7 @@ def _keep(key: PhiloxKey, x_NCHW: Tensor, dropout: float) -> Bool[Tensor, "N C H
     return (bits >= round(dropout * 2**32)).reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _memory_format(x_NCHW: Tensor) -> torch.memory_format:
+def memory_format(x_NCHW: Float[Tensor, "N C H W"]) -> torch.memory_format:
     """NCHW for what is plainly NCHW, else channels_last (also for slices, whose strides are neither)."""
     is_nchw = x_NCHW.is_contiguous() and not x_NCHW.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if is_nchw else torch.channels_last

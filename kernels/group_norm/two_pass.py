@@ -29,24 +29,29 @@ def two_pass_norm(
     if torch.is_grad_enabled() and x_NCHW.requires_grad and not torch.compiler.is_compiling():
         y_NPC = _TwoPassNorm.apply(x_NPC, addend_NC, gain_NC, offset_NC, num_groups, eps)
     else:
-        y_NPC = _forward(x_NPC, addend_NC, gain_NC, offset_NC, num_groups, eps)[0]
+        y_NPC = two_pass_forward(x_NPC, addend_NC, gain_NC, offset_NC, num_groups, eps)[0]
     return y_NPC.unflatten(1, height_width).permute(0, 3, 1, 2)
 
 
-def _forward(
-    x_NPC: Tensor, addend_NC: Tensor | None, gain_NC: Tensor, offset_NC: Tensor, num_groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and what the gradient needs: x without its rounded mean, the rest of the mean, 1 / standard deviation."""
+def two_pass_forward(
+    x_NPC: Float[Tensor, "N P C"],
+    addend_NC: Float[Tensor, "N C"] | None,
+    gain_NC: Float[Tensor, "#N C"],
+    offset_NC: Float[Tensor, "#N C"],
+    num_groups: int,
+    eps: float,
+) -> tuple[Float[Tensor, "N P C"], Float[Tensor, "N C"], Float[Tensor, "N P C"], Float[Tensor, "N C"], Float[Tensor, "N C"]]:
+    """y and what the gradient needs: the rounded mean, x without it, the rest of the mean, 1 / standard deviation."""
     mean_NC = x_NPC.mean(1)
-    mean_NC = _group_mean(mean_NC if addend_NC is None else mean_NC + addend_NC, num_groups)
+    mean_NC = group_mean(mean_NC if addend_NC is None else mean_NC + addend_NC, num_groups)
     centred_NPC = x_NPC + (-mean_NC if addend_NC is None else addend_NC - mean_NC)[:, None]
     # A second look at the mean removes the rounding of the first; it costs no further pass that writes.
-    rest_NC = _group_mean(centred_NPC.mean(1), num_groups)
-    variance_NC = _group_mean((centred_NPC * centred_NPC).mean(1), num_groups) - rest_NC * rest_NC
+    rest_NC = group_mean(centred_NPC.mean(1), num_groups)
+    variance_NC = group_mean((centred_NPC * centred_NPC).mean(1), num_groups) - rest_NC * rest_NC
     rstd_NC = (variance_NC + eps).rsqrt()
     slope_NC = rstd_NC * gain_NC
     y_NPC = torch.addcmul((offset_NC - rest_NC * slope_NC)[:, None], centred_NPC, slope_NC[:, None])
-    return y_NPC, centred_NPC, rest_NC, rstd_NC
+    return y_NPC, mean_NC, centred_NPC, rest_NC, rstd_NC
 
 
 class _TwoPassNorm(torch.autograd.Function):
@@ -60,7 +65,7 @@ class _TwoPassNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x_NPC: Tensor, addend_NC: Tensor | None, gain_NC: Tensor, offset_NC: Tensor, num_groups: int, eps: float
     ) -> Tensor:
-        y_NPC, *saved = _forward(x_NPC, addend_NC, gain_NC, offset_NC, num_groups, eps)
+        y_NPC, _, *saved = two_pass_forward(x_NPC, addend_NC, gain_NC, offset_NC, num_groups, eps)
         ctx.save_for_backward(gain_NC, *saved)
         ctx.num_groups, ctx.has_addend, ctx.offset_shape = num_groups, addend_NC is not None, offset_NC.shape
         return y_NPC
@@ -72,15 +77,15 @@ class _TwoPassNorm(torch.autograd.Function):
         num_pixels = centred_NPC.shape[1]
         B_NC = dy_NPC.sum(1)
         A_NC = ((dy_NPC * centred_NPC).sum(1) - rest_NC * B_NC) * rstd_NC
-        along_NC = -rstd_NC * rstd_NC * _group_mean(gain_NC * A_NC, ctx.num_groups) / num_pixels
-        constant_NC = -rest_NC * along_NC - rstd_NC * _group_mean(gain_NC * B_NC, ctx.num_groups) / num_pixels
+        along_NC = -rstd_NC * rstd_NC * group_mean(gain_NC * A_NC, ctx.num_groups) / num_pixels
+        constant_NC = -rest_NC * along_NC - rstd_NC * group_mean(gain_NC * B_NC, ctx.num_groups) / num_pixels
         dx_NPC = torch.addcmul(constant_NC[:, None], centred_NPC, along_NC[:, None])
         dx_NPC.addcmul_(dy_NPC, (rstd_NC * gain_NC)[:, None])
         daddend_NC = dx_NPC.sum(1) if ctx.has_addend else None
         return dx_NPC, daddend_NC, A_NC.sum_to_size(gain_NC.shape), B_NC.sum_to_size(ctx.offset_shape), None, None
 
 
-def _group_mean(value_NC: Tensor, num_groups: int) -> Tensor:
+def group_mean(value_NC: Float[Tensor, "N C"], num_groups: int) -> Float[Tensor, "N C"]:
     """The mean over the channels of each group, repeated for each of them: [N, C]."""
     num_channels = value_NC.shape[1]
     if torch.compiler.is_compiling():

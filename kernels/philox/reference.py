@@ -49,9 +49,15 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
     k0, k1 = key
     for _ in range(NUM_ROUNDS):
         p0, p1 = c0 * ROUND_MULTIPLIERS[0], c2 * ROUND_MULTIPLIERS[1]
-        c0, c1, c2, c3 = _high(p1) ^ c1 ^ k0, p1 & WORD_MASK, _high(p0) ^ c3 ^ k1, p0 & WORD_MASK
+        # The products stand in for their low words: what lies above 32 bits is masked where it is used.
+        c0, c1, c2, c3 = _next(p1, c1, k0), p1, _next(p0, c3, k1), p0
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & WORD_MASK, (k1 + KEY_INCREMENTS[1]) & WORD_MASK
-    return c0, c1, c2, c3
+    return c0, c1 & WORD_MASK, c2, c3 & WORD_MASK
+
+
+def _next(product: Tensor, word: Tensor, key: int) -> Tensor:
+    """hi(product) ^ word ^ key."""
+    return ((product >> 32) ^ word).bitwise_xor_(key).bitwise_and_(WORD_MASK)
 
 
 def _high(product: Tensor) -> Tensor:
@@ -80,7 +86,12 @@ def random_normal(key: PhiloxKey, num_elements: int) -> Float32[Tensor, "N E"]:
     n_2j = sqrt(-2 ln u) cos(2 pi v), n_2j+1 = sqrt(-2 ln u) sin(2 pi v), u = (b_2j + 1/2) / 2^32, v = b_2j+1 / 2^32.
     u is never 0, so every value is finite; the largest magnitude is 6.77.
     """
-    bits = random_bits(key, -(-num_elements // 2) * 2).to(torch.float32)
+    return box_muller(random_bits(key, -(-num_elements // 2) * 2))[:, :num_elements]
+
+
+def box_muller(bits_NE: Int64[Tensor, "N E"]) -> Float32[Tensor, "N E"]:
+    """Pairs of normals from pairs of 32-bit words, E even; u and v are rounded to fp32, so u can be 1."""
+    bits = bits_NE.to(torch.float32)
     u, v = (bits[:, 0::2] + 0.5) * 2.0**-32, bits[:, 1::2] * 2.0**-32
     radius, angle = (-2.0 * u.log()).sqrt(), v * (2.0 * math.pi)
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :num_elements]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,3 +26,9 @@ def check_tensor(
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}, expected {device}")
+
+
+def check_no_tangent(name: str, value: Shaped[Tensor, "..."], instead: str) -> None:
+    """Raise ValueError where an argument carries a forward-mode tangent, which a registered op would drop in silence."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None:
+        raise ValueError(f"{name} has a forward-mode tangent, which the registered op would drop: use {instead}")

@@ -38,9 +38,19 @@ def set_strict(strict: bool) -> bool:
     return before
 
 
+def is_strict() -> bool:
+    """Whether a fallback is an error."""
+    return _State.strict
+
+
 def failures() -> dict[str, str]:
     """The ops whose Triton kernel failed to compile in this process, with the reason."""
     return dict(_State.failures)
+
+
+def forget_failures() -> None:
+    """Try kernels again that failed to compile: with other launch parameters they may not."""
+    _State.failures.clear()
 
 
 @lru_cache

@@ -13,13 +13,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
-    """One launch of a Triton kernel: its grid, its arguments by parameter name (constants included), warps and stages."""
+    """One launch of a Triton kernel: its grid, its arguments by parameter name (constants included), warps and stages.
+
+    max_registers: a bound per thread, so that more blocks fit on a multiprocessor; None leaves it to the compiler.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
@@ -27,8 +37,7 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
             if prod(launch.grid):
-                options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-                launch.kernel[launch.grid](**launch.arguments, **options)
+                launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
 def as_int32(word: int) -> int:

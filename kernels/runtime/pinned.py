@@ -10,9 +10,11 @@ least. ``fastcm bench --tune`` puts rules for exact shapes before the others.
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +51,39 @@ def _lookup(op: str, direction: str, arch: str, facts: tuple[tuple[str, int], ..
     raise LookupError(f"{table_path(op, arch)} has no rule of {direction!r} for {stated}")
 
 
+class Question(NamedTuple):
+    """What a launcher asks: the parameters of one pass of an op on an architecture, for the facts of one shape."""
+
+    op: str
+    direction: str
+    arch: str
+    facts: tuple[tuple[str, int], ...]
+
+
+Answer = Callable[[Question, dict[str, Any]], dict[str, Any]]
+_answers: list[Answer] = []
+
+
+@contextmanager
+def answering(answer: Answer) -> Iterator[None]:
+    """Inside the block ``answer(question, pinned parameters)`` has the last word: how a tuner tries parameters."""
+    _answers.append(answer)
+    try:
+        yield
+    finally:
+        _answers.remove(answer)
+
+
+def forget_tables() -> None:
+    """Read the files again: they have changed."""
+    table.cache_clear()
+    _lookup.cache_clear()
+
+
 def pinned(op: str, direction: str, arch: str, **facts: int) -> dict[str, Any]:
     """The launch parameters of one pass ("forward") of an op on an architecture, for the facts of one shape."""
-    return _lookup(op, direction, arch, tuple(facts.items()))
+    question = Question(op, direction, arch, tuple(facts.items()))
+    use = _lookup(*question)
+    for answer in _answers:
+        use = answer(question, use)
+    return use

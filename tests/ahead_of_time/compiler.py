@@ -51,8 +51,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compile for sm_<capability> as a launch on that device would, with all pointers 16-byte aligned."""
     signature, constants, attributes = specialisation(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     return read_resources(compiled, launch.num_warps)
 
 

@@ -1,0 +1,124 @@
+"""The GPU report as Markdown, from its JSON and nothing else."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+Items = dict[str, dict[str, Any]]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """All that was measured, part by part; what is missing or failed says so."""
+    parts = {name: part["items"] for name, part in result["parts"].items()}
+    blocks = ["# GPU report"]
+    if result["smoke"]:
+        blocks.append("A smoke run on a CPU at toy size: these numbers mean nothing.")
+    for name, part in result["parts"].items():
+        good = {item: value for item, value in part["items"].items() if "error" not in value}
+        blocks += [f"## {name}", *_state(part)]
+        blocks += list(_writer(name)(good)) if good else []
+        blocks += _speedups(name, parts)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _state(part: dict[str, Any]) -> list[str]:
+    errors = [f"- {item}: {value['error']}" for item, value in part["items"].items() if "error" in value]
+    head = [] if part["status"] == "done" else [f"**{part['status']}**: {part['error']}"]
+    return head + (["\n".join(errors)] if errors else [])
+
+
+def _writer(name: str) -> Any:
+    writers = {"environment": _environment, "ceilings": _ceilings, "correctness": _correctness, "kernels": _kernels}
+    return {**writers, "sampler": _sampler, "training": _training}.get(name, _steps)
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+
+
+def _environment(items: Items) -> Iterator[str]:
+    facts = items["environment"]
+    rows = {"device": facts["device"], **(facts["gpu"] or {}).get("state", {}), "CUDA": facts["cuda"], "cuDNN": facts["cudnn"]}
+    rows |= {"Python": facts["python"], **facts["packages"], "commit": facts["commit"], "time": facts["time"]}
+    yield table(("what", "value"), [(name, str(value)) for name, value in rows.items()])
+
+
+def _ceilings(items: Items) -> Iterator[str]:
+    lines = []
+    if "copy" in items:
+        lines.append(("copy", f"{items['copy']['bytes_per_s'] / 1e12:.3f} TB/s"))
+    if "matmul bf16" in items:
+        lines.append(("matmul bf16", f"{items['matmul bf16']['flops_per_s'] / 1e12:.1f} TFLOP/s"))
+    for name, value in items.items():
+        if name.startswith("conv "):
+            for kind in ("fprop", "dgrad", "wgrad"):
+                rate = f"{value[f'{kind}_ms']:.2f} ms, {value[f'{kind}_flops_per_s'] / 1e12:.1f} TFLOP/s"
+                lines.append((f"{name} {kind}, batch {value['batch']}, all of one pass", rate))
+    yield table(("ceiling", "measured"), lines)
+
+
+def _correctness(items: Items) -> Iterator[str]:
+    yield items["pytest"]["summary"].strip("= ")
+
+
+def _kernels(items: Items) -> Iterator[str]:
+    header = ("op", "pass", "shapes", "shape", "backend", "kernel us", "call us", "of copy", "error")
+    lines = [line for value in items.values() for line in map(_kernel_line, value["rows"]) if line]
+    yield table(header, sorted(lines))
+
+
+def _kernel_line(row: dict[str, Any]) -> tuple[str, ...] | None:
+    head = (row["op"], row["pass"], row["shapes"], row["shape"], row["backend"])
+    if row["status"] == "unavailable":
+        return None
+    if row["status"] != "ok":
+        return (*head, row["status"], "", "", row["reason"].replace("|", "/"))
+    kernel = f"{row['kernel']['median_us']:.1f}" if row["kernel"] else "-"
+    return (*head, kernel, f"{row['call']['median_us']:.1f}", f"{row['copy_share']:.2f}", f"{row['relative_error']:.0e}")
+
+
+def _steps(items: Items) -> Iterator[str]:
+    header = ("step", "images/s", "ms", "p20-p80", "peak GiB", "launches", "kernels", "kernel ms", "warm-up s")
+    yield table(header, [_step_line(name, value) for name, value in items.items()])
+
+
+def _step_line(name: str, value: dict[str, Any]) -> tuple[str, ...]:
+    step, peak = value["step_ms"], value["peak_memory_bytes"]
+    return (
+        f"{name}, batch {value['batch']}",
+        f"{value['images_per_s']:.0f}",
+        f"{step['median']:.2f}",
+        f"{step['p20']:.2f}-{step['p80']:.2f}",
+        "-" if peak is None else f"{peak / 2**30:.2f}",
+        str(value["launches"]),
+        str(value["kernels"]),
+        f"{value['kernel_ms']:.2f}",
+        f"{value['warm_up_s']:.1f}",
+    )
+
+
+def _speedups(name: str, parts: dict[str, Items]) -> list[str]:
+    """Ours over each baseline of the same part, as ratios of images per second."""
+    speeds = {item: value["images_per_s"] for item, value in parts[name].items() if "step_ms" in value}
+    ours = {item: speed for item, speed in speeds.items() if item.startswith("fastcm")}
+    others = {item: speed for item, speed in speeds.items() if item not in ours}
+    if not ours or not others:
+        return []
+    lines = [(item, *(f"{speed / other:.2f}" for other in others.values())) for item, speed in ours.items()]
+    return [table(("times as fast as", *others), lines)]
+
+
+def _sampler(items: Items) -> Iterator[str]:
+    header = ("sampler", "images/s", "call ms", "kernel ms", "kernels", "launches")
+    lines = [
+        (name, f"{value['images_per_s']:.1f}", f"{value['call']['median_us'] / 1e3:.3f}", f"{value['kernel_ms']:.3f}",
+         str(value["kernels"]), str(value["launches"]))
+        for name, value in items.items()
+    ]  # fmt: skip
+    yield table(header, lines)
+
+
+def _training(items: Items) -> Iterator[str]:
+    for name, value in items.items():
+        phases = [(phase, " ".join(f"{loss:.4g}" for loss in losses)) for phase, losses in value["losses"].items()]
+        yield table((f"{name}, phase", f"mean losses of {value['steps_per_loss']} steps each"), phases)
