@@ -30,7 +30,7 @@ def _group_norm(case: Case) -> Cost:
 
 
 def _attention(case: Case) -> Cost:
-    return _model(case, batch=case.batch, **case.shape._asdict(), itemsize=case.dtype.itemsize)
+    return _model(case, num=case.batch, **case.shape._asdict(), itemsize=case.dtype.itemsize)
 
 
 def _consistency_loss(case: Case) -> Cost:
