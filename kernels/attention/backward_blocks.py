@@ -37,7 +37,7 @@ def query_blocks_kernel(
     ALL_QUERIES: tl.constexpr = TOKENS % BLOCK_M == 0
     ALL_KEYS: tl.constexpr = TOKENS % BLOCK_N == 0
     ALL_CHANNELS: tl.constexpr = HEAD_DIM == BLOCK_D
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M), HEADS)
+    block, n, head = place((TOKENS + BLOCK_M - 1) // BLOCK_M, HEADS)
     query, channel = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
     do_ptr = dout_ptr + n * DOUT_STRIDE_N + head * HEAD_DIM
@@ -88,7 +88,7 @@ def key_blocks_kernel(
     ALL_KEYS: tl.constexpr = TOKENS % BLOCK_M == 0
     ALL_QUERIES: tl.constexpr = TOKENS % BLOCK_N == 0
     ALL_CHANNELS: tl.constexpr = HEAD_DIM == BLOCK_D
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M), HEADS)
+    block, n, head = place((TOKENS + BLOCK_M - 1) // BLOCK_M, HEADS)
     key, channel = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
     do_ptr = dout_ptr + n * DOUT_STRIDE_N + head * HEAD_DIM

@@ -81,7 +81,7 @@ def rows_query_kernel(
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     ALL_KEYS: tl.constexpr = TOKENS == BLOCK_T
     ALL_CHANNELS: tl.constexpr = HEAD_DIM % BLOCK_D == 0
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M), HEADS)
+    block, n, head = place((TOKENS + BLOCK_M - 1) // BLOCK_M, HEADS)
     query, key = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
     do_ptr = dout_ptr + n * DOUT_STRIDE_N + head * HEAD_DIM
@@ -127,7 +127,7 @@ def rows_key_kernel(
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     ALL_QUERIES: tl.constexpr = TOKENS == BLOCK_T
     ALL_CHANNELS: tl.constexpr = HEAD_DIM % BLOCK_D == 0
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M), HEADS)
+    block, n, head = place((TOKENS + BLOCK_M - 1) // BLOCK_M, HEADS)
     key, query = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
     do_ptr = dout_ptr + n * DOUT_STRIDE_N + head * HEAD_DIM

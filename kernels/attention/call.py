@@ -68,7 +68,11 @@ def image_arguments(name: str, x_NCHW: Shaped[Tensor, "N C H W"], layout: PixelL
 
 
 def query_blocks(use: dict[str, Any], sizes: Sizes) -> dict[str, int]:
-    """Tiles of a kernel: BLOCK_M tokens of its own, and all others by chunks of channels, or blocks of others whole."""
+    """The tiles of a kernel from its pinned parameters, each cut to the image.
+
+    A program owns ``block_m`` tokens (queries, or keys in the kernel of dK and dV). ``full_row``: it meets all others at
+    once, by chunks of ``block_d`` channels; else ``block_n`` at a time with all their channels.
+    """
     blocks = {"BLOCK_M": tile(use["block_m"], sizes.tokens)}
     if use["full_row"]:
         return blocks | {"BLOCK_T": cover(sizes.tokens), "BLOCK_D": tile(use["block_d"], sizes.head_dim)}

@@ -36,7 +36,7 @@ def rows_kernel(
     ALL_QUERIES: tl.constexpr = TOKENS % BLOCK_M == 0
     ALL_KEYS: tl.constexpr = TOKENS == BLOCK_T
     ALL_CHANNELS: tl.constexpr = HEAD_DIM % BLOCK_D == 0
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M), HEADS)
+    block, n, head = place((TOKENS + BLOCK_M - 1) // BLOCK_M, HEADS)
     query, key = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
     s = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
@@ -83,7 +83,7 @@ def online_kernel(
     ALL_QUERIES: tl.constexpr = TOKENS % BLOCK_M == 0
     ALL_KEYS: tl.constexpr = TOKENS % BLOCK_N == 0
     ALL_CHANNELS: tl.constexpr = HEAD_DIM == BLOCK_D
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M), HEADS)
+    block, n, head = place((TOKENS + BLOCK_M - 1) // BLOCK_M, HEADS)
     query, channel = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
     q = load_tile(q_ptr, query, channel, QKV_STRIDE_P, TOKENS, HEAD_DIM, ALL_QUERIES, ALL_CHANNELS)

@@ -41,7 +41,7 @@ def rows_jvp_kernel(
     ALL_QUERIES: tl.constexpr = TOKENS % BLOCK_M == 0
     ALL_KEYS: tl.constexpr = TOKENS == BLOCK_T
     ALL_CHANNELS: tl.constexpr = HEAD_DIM % BLOCK_D == 0
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M), HEADS)
+    block, n, head = place((TOKENS + BLOCK_M - 1) // BLOCK_M, HEADS)
     query, key = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
     tq_ptr = tqkv_ptr + n * TQKV_STRIDE_N + head * HEAD_DIM
@@ -96,7 +96,8 @@ def _first_scores(
     tk = load_tile(tk_ptr, key, channel, TANGENT_STRIDE_P, TOKENS, HEAD_DIM, TOKENS >= NUM, ALL_CHANNELS)
     ts = tl.dot(tq, tl.trans(k), input_precision=PRECISION)
     ts = tl.dot(q, tl.trans(tk), ts, input_precision=PRECISION)
-    return tl.sum(ts, axis=1) / min(TOKENS, NUM)
+    COUNT: tl.constexpr = NUM if TOKENS >= NUM else TOKENS
+    return tl.sum(ts, axis=1) / COUNT
 
 
 @triton.jit
@@ -125,8 +126,8 @@ def online_jvp_kernel(
     ALL_KEYS: tl.constexpr = TOKENS % BLOCK_N == 0
     ALL_CHANNELS: tl.constexpr = HEAD_DIM == BLOCK_D
     ALL_VALUES: tl.constexpr = HEAD_DIM % BLOCK_V == 0
-    PARTS: tl.constexpr = tl.cdiv(HEAD_DIM, BLOCK_V)
-    block, n, head = place(tl.cdiv(TOKENS, BLOCK_M) * PARTS, HEADS)
+    PARTS: tl.constexpr = (HEAD_DIM + BLOCK_V - 1) // BLOCK_V
+    block, n, head = place(((TOKENS + BLOCK_M - 1) // BLOCK_M) * PARTS, HEADS)
     query, channel = (block // PARTS) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     value = (block % PARTS) * BLOCK_V + tl.arange(0, BLOCK_V)
     q_ptr = qkv_ptr + n * QKV_STRIDE_N + head * HEAD_DIM
