@@ -38,7 +38,7 @@ LIMITS = {
     "environment": 30.0,
     "ceilings": 60.0,
     "correctness": 150.0,
-    "ect-128": 120.0,
+    "ect-128": 180.0,
     "kernels": 150.0,
     "edm-128": 90.0,
     "ect-512": 100.0,

@@ -58,7 +58,7 @@ def _ceilings(items: Items) -> Iterator[str]:
 
 
 def _correctness(items: Items) -> Iterator[str]:
-    yield items["pytest"]["summary"].strip("= ")
+    yield table(("tests", "result"), [(name, value["summary"].strip("= ")) for name, value in items.items()])
 
 
 def _kernels(items: Items) -> Iterator[str]:

@@ -99,7 +99,7 @@ def fusions(shape_set: str) -> list[Fusion]:
     concat, down_up = items.get("concatenation", none), items.get("resample", none)
     num_blocks = sum(isinstance(module, Block) for module in _network(shape_set).modules())
     return [
-        # A compiler already makes one pass of add and scale, and adds the convolution's bias in it.
+        # A compiler already makes one pass of add and scale, and adds conv1's bias in it (conv0's is added by the norm).
         Fusion("residual add and scale in a kernel of our own", 0.0, 0),
         # The copy goes (one read, one write), but the 1x1 shortcut becomes two products of which the second reads and writes
         # its output once more; the output has half the channels of the concatenation.

@@ -279,11 +279,13 @@ def test_forward_and_backward_compile_without_graph_breaks(family, backend, drop
     x, c_noise = inputs()
     arguments = (x, c_noise, c_noise - 1, torch.eye(10)[:3], torch.ones(3, 9), dropout_key())
     expected = unet(*arguments)
-    expected_grad = torch.autograd.grad(expected.square().sum(), unet.map_layer0.weight)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), unet.map_layer0.weight)
     torch._dynamo.reset()
     actual = torch.compile(unet, fullgraph=True, backend=backend)(*arguments)
     torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.autograd.grad(actual.square().sum(), unet.map_layer0.weight), expected_grad)
+    (grad,) = torch.autograd.grad(actual.square().sum(), unet.map_layer0.weight)
+    # Compiled and eager group norm are two fp32 algorithms; either is about 2e-6 of the largest gradient from fp64's.
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=4e-6 * expected_grad.abs().max().item())
 
 
 def test_network_can_be_copied_for_an_average():

@@ -74,16 +74,22 @@ class Block(nn.Module):
         """[N, in_channels, H, W] to [N, out_channels, H', W'] in the dtype of x."""
         key = None if context.dropout is None else context.dropout.at(self.site)
         modulation = self._modulation(context.affine_NA[self.site])
-        h = self.conv0(self.norm0(x_NCHW, silu=True))
+        h = self.conv0(self.norm0(x_NCHW, silu=True), with_bias=False)
         h = self.norm1(h, silu=True, dropout=self.dropout, dropout_key=key, **modulation)
         h = self.conv1(h) + (x_NCHW if self.skip is None else self.skip(x_NCHW))
         return self._attend(self._scale(h))
 
+    @property
+    def affine_bias(self) -> Tensor:
+        """The bias of the affine map; where that is added before the norm, with the bias of conv0, which is added there too."""
+        return self.affine.bias if self.adaptive_scale else self.affine.bias + self.conv0.bias
+
     def _modulation(self, affine_NA: Tensor) -> dict[str, Tensor]:
+        """What norm1 does before and after normalising; the bias of conv0 is part of it."""
         if not self.adaptive_scale:
             return {"addend_NC": affine_NA}
         scale_NC, shift_NC = affine_NA.chunk(2, dim=1)
-        return {"scale_NC": scale_NC, "shift_NC": shift_NC}
+        return {"addend_NC": self.conv0.bias.expand(len(affine_NA), -1), "scale_NC": scale_NC, "shift_NC": shift_NC}
 
     def _attend(self, x_NCHW: Tensor) -> Tensor:
         if not self.num_heads:

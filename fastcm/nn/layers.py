@@ -33,10 +33,11 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def linear_of_all(layers: Sequence[Linear], x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
-    """The outputs of several layers with one input, side by side, by one matrix product."""
-    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+def linear_of_all(
+    x: Float[Tensor, "N I"], weights: Sequence[Float[Tensor, "_ I"]], biases: Sequence[Float[Tensor, "_"]]
+) -> Float[Tensor, "N O"]:
+    """The outputs of several linear layers with one input, side by side, by one matrix product."""
+    return F.linear(x, torch.cat(list(weights)).to(x.dtype), torch.cat(list(biases)).to(x.dtype))
 
 
 class Resample(nn.Module):
@@ -64,11 +65,15 @@ class Conv(nn.Module):
         """Fill the parameters from the streams init/<name>.weight and init/<name>.bias."""
         init_layer(self.init, self.weight, self.bias, seed, name)
 
-    def forward(self, x_NCHW: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O H2 W2"]:
-        """[N, in_channels, H, W] to [N, out_channels, H, W], with H and W doubled or halved by ``resample``."""
+    def forward(self, x_NCHW: Float[Tensor, "N I H W"], with_bias: bool = True) -> Float[Tensor, "N O H2 W2"]:
+        """[N, in_channels, H, W] to [N, out_channels, H, W], with H and W doubled or halved by ``resample``.
+
+        Without its bias where the next layer adds it: a pass over the whole output less.
+        """
         if self.resample is not None:
             x_NCHW = self.resample(x_NCHW)
-        return F.conv2d(x_NCHW, self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype), padding=self.padding)
+        bias = self.bias.to(x_NCHW.dtype) if with_bias else None
+        return F.conv2d(x_NCHW, self.weight.to(x_NCHW.dtype), bias, padding=self.padding)
 
 
 class ConvThenDown(Conv):

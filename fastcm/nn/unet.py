@@ -118,10 +118,14 @@ class UNet(nn.Module):
 
     def _project(self, emb_NE: Tensor, second_NE: Tensor | None) -> tuple[Tensor, ...]:
         """The affine maps of all blocks, in the order of their sites, as one matrix product instead of dozens of tiny ones."""
-        affine_NA = linear_of_all([block.affine for block in self._blocks], emb_NE)
+        blocks = self._blocks
+        affine_NA = linear_of_all(emb_NE, [block.affine.weight for block in blocks], [block.affine_bias for block in blocks])
         if second_NE is not None:
-            affine_NA = affine_NA + linear_of_all([block.affine_s for block in self._blocks], second_NE)
-        return affine_NA.split([len(block.affine.bias) for block in self._blocks], dim=1)
+            layers = [block.affine_s for block in blocks]
+            affine_NA = affine_NA + linear_of_all(
+                second_NE, [layer.weight for layer in layers], [layer.bias for layer in layers]
+            )
+        return affine_NA.split([len(block.affine.bias) for block in blocks], dim=1)
 
     def _embed_labels(self, labels: Tensor | None, num: int, device: torch.device) -> Tensor | None:
         """What class labels add before or after the MLP; None in a network without labels."""

@@ -70,7 +70,7 @@ def _optimizer_step(
     rest = {"loss_scale": loss_scale, "ema_betas": ema_betas, "copy_P": copy_P}
     options = {"kind": kind, "betas": (beta1, beta2), "eps": eps, **rest}
     return triton_or_reference(
-        "optimizer_step",
+        f"{kind}_step",
         exp_avg_P.device,
         lambda: _fused(params, grads, *state, averages, **options),
         lambda: reference.optimizer_step(params, grads, *state, averages=averages, **options),
@@ -113,9 +113,10 @@ def _fused(
     device = exp_avg_P.device
     arch, sizes = architecture(device), tuple(p.numel() for p in params)
     chunks_C4 = chunk_table(sizes, pinned("optimizer", "chunks", arch, elements=exp_avg_P.numel())["chunk"], device)
-    for k, average_P in enumerate(averages):
-        if average_P.data_ptr() % 16:
-            raise ValueError(f"averages[{k}] begins at address {average_P.data_ptr()}, expected a multiple of 16")
+    flats = {"exp_avg_P": exp_avg_P, "exp_avg_sq_P": exp_avg_sq_P, "copy_P": options["copy_P"]}
+    for name, flat_P in (flats | {f"averages[{k}]": average_P for k, average_P in enumerate(averages)}).items():
+        if flat_P is not None and flat_P.data_ptr() % 16:
+            raise ValueError(f"{name} begins at address {flat_P.data_ptr()}, expected a multiple of 16")
     grads, grad_dtype = _readable(params, grads)
     finite, norm = torch.empty((), device=device), torch.empty((), device=device)
     scratch = Scratch(torch.empty(len(chunks_C4), device=device), torch.empty(4, device=device))

@@ -26,10 +26,11 @@ class KernelUnavailableError(RuntimeError):
 
 
 class _State:
-    """Failures by op, and whether a failure is an error; one per process."""
+    """Ops that do not compile, ops that had a call too large for the device, and whether either is an error; per process."""
 
     strict = os.environ.get(STRICT_ENVIRONMENT) == "1"
     failures: ClassVar[dict[str, str]] = {}
+    too_large: ClassVar[dict[str, str]] = {}
 
 
 def set_strict(strict: bool) -> bool:
@@ -44,13 +45,14 @@ def is_strict() -> bool:
 
 
 def failures() -> dict[str, str]:
-    """The ops whose Triton kernel failed to compile in this process, with the reason."""
-    return dict(_State.failures)
+    """The ops whose Triton kernel failed to compile in this process, or had a call that was too large, with the reason."""
+    return _State.too_large | _State.failures
 
 
 def forget_failures() -> None:
     """Try kernels again that failed to compile: with other launch parameters they may not."""
     _State.failures.clear()
+    _State.too_large.clear()
 
 
 @lru_cache
@@ -80,12 +82,25 @@ def triton_or_reference(op: str, device: torch.device, triton: Callable[[], Resu
         except Exception as error:
             if not _is_compile_failure(error):
                 raise
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
-            _State.failures[op] = reason
-            log.warning("the Triton kernel of %s does not compile here, its reference runs instead: %s", op, reason)
+            reason = _remember(op, error)
     if _State.strict:
         raise KernelUnavailableError(f"{op}: {reason}")
     return reference()
+
+
+def _remember(op: str, error: Exception) -> str:
+    """Note a failure to compile, which ends the use of the op's kernel, or a call too large for the device, which does not."""
+    from triton.runtime.errors import OutOfResources
+
+    lines = str(error).strip().splitlines() or ["no message"]
+    reason = f"{type(error).__name__}: {lines[-1]}"
+    only_this_call = isinstance(error, OutOfResources)
+    noted = _State.too_large if only_this_call else _State.failures
+    if noted.get(op) != reason:
+        what = "is too large for this device in one of its calls" if only_this_call else "does not compile here"
+        log.warning("the Triton kernel of %s %s, its reference runs instead: %s", op, what, reason)
+    noted[op] = reason
+    return reason
 
 
 def _is_compile_failure(error: Exception) -> bool:
