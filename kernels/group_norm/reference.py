@@ -58,9 +58,9 @@ def _suits_two_pass(x_NCHW: Tensor) -> bool:
     """Whether the plain passes beat PyTorch's kernel: on the CPU, where the image is not tiny.
 
     Its channels_last CPU kernel is slow and takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
-    is large. Its NCHW kernel is fast and exact, but the copies it needs pay for at most 16 pixels.
+    is large. Its NCHW kernel is fast and exact, but the copies it needs pay for at most 64 pixels.
     """
-    return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 16
+    return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 64
 
 
 def _native_norm(
