@@ -24,7 +24,11 @@ DEPENDENCIES = [
     "jinja2>=3.1",
     "scikit-learn>=1.4",
 ]
+HUB_DEPENDENCIES = ["huggingface_hub>=1.32"]
+DIFFUSERS_DEPENDENCIES = ["diffusers>=0.42"]
 DEV_DEPENDENCIES = [
+    *HUB_DEPENDENCIES,
+    *DIFFUSERS_DEPENDENCIES,
     "pytest>=8",
     "pytest-xdist>=3.5",
     "pytest-benchmark>=4",
@@ -46,7 +50,7 @@ setup(
     package_dir={"fastcm": "fastcm", "fastcm.kernels": "kernels", "fastcm.configs": "configs"},
     package_data={"fastcm.configs": ["*.yaml"], "fastcm.train": ["*.html"], "fastcm.kernels": ["*/pinned/*.json"]},
     install_requires=DEPENDENCIES,
-    extras_require={"dev": DEV_DEPENDENCIES},
+    extras_require={"dev": DEV_DEPENDENCIES, "hub": HUB_DEPENDENCIES, "diffusers": DIFFUSERS_DEPENDENCIES},
     entry_points={"console_scripts": ["fastcm = fastcm.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -132,6 +132,47 @@ def evaluate(model: Path, seed: int, device: str) -> None:
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--std", "stds", multiple=True, required=True, type=float, help="Relative width, 0.05 for 5 %; repeat for more.")
+@click.option("--images", type=click.IntRange(1), help="Images of the phase at its end; default those of the last snapshot.")
+@click.option("--phase", default="", help="Whose snapshots; default the last phase that has some.")
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle; default RUN/<phase>-ema.safetensors.")
+@click.option("--skip-damaged", is_flag=True, help="Leave out snapshots that are damaged or of another run.")
+def ema(run: Path, stds: tuple[float, ...], images: int | None, phase: str, out: Path | None, skip_damaged: bool) -> None:
+    """Build weight averages of any length from the EMA snapshots in the folder RUN.
+
+    A phase keeps them where it has 'ema_snapshot_images' and two 'emas' of kind 'power', best with std 0.05 and 0.1.
+
+    \b
+    fastcm ema runs/edm2 --std 0.08 --std 0.12 --out averages.safetensors
+    """
+    from fastcm.train.ema_reconstruction import reconstruct
+    from fastcm.train.run_folder import RunFolder
+
+    made = reconstruct(RunFolder(run), stds, images=images, phase=phase, out=out, skip_damaged=skip_damaged)
+    click.echo("\n".join(made.describe()))
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--format", "layout", required=True, type=click.Choice(["hf", "diffusers", "safetensors"]))
+@click.option("--ema", default="", help="Weight average to write, or 'net' for the raw weights; default the first average.")
+def export(model: Path, dst: Path, layout: str, ema: str) -> None:
+    """Write MODEL, a bundle or a run folder, for others to DST.
+
+    \b
+    hf           folder for the Hugging Face Hub: config.json and model.safetensors
+    diffusers    folder for diffusers.ConsistencyModelPipeline, for OpenAI's network only
+    safetensors  one file for fastcm.load, with one set of weights
+    """
+    from fastcm.integrations.export import FORMATS
+
+    note = FORMATS[layout](model, dst, ema)
+    click.echo(f"{layout}: {dst}\n{note}")
+
+
+@cli.command()
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 def info(model: Path | None) -> None:
     """Describe MODEL, or without one this installation: versions, devices, kernel backends, configurations."""
@@ -159,7 +200,11 @@ OP = click.argument(
     "op", required=False, type=click.Choice(["group_norm", "attention", "consistency_loss", "add_noise", "optimizer"])
 )
 SHAPES = click.option(
-    "--shapes", default="ddpmpp32", show_default=True, type=click.Choice(["ddpmpp32", "adm64", "digits8"]), help="Whose shapes."
+    "--shapes",
+    default="ddpmpp32",
+    show_default=True,
+    type=click.Choice(["ddpmpp32", "adm64", "edm2-64", "digits8"]),
+    help="Whose shapes.",
 )
 BATCH = click.option("--batch", default=128, show_default=True, type=click.IntRange(1))
 DTYPE = click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp16", "fp32"]))

@@ -7,23 +7,32 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fastcm.diffusion.preconditioners import Preconditioner, Scalings
+from fastcm.diffusion.trajectory import Trajectory
 from fastcm.kernels.philox import PhiloxKey
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How a model is meant to be sampled: "heun" (diffusion) or "consistency" with these noise levels between steps."""
+    """How a model is meant to be sampled.
+
+    sampler: "heun" or "euler" for diffusion models, or "consistency" with the noise levels mid_sigmas between its steps, which
+    noise is added up to from renoise_sigma_min.
+    """
 
     sampler: str
     mid_sigmas: tuple[float, ...] = ()
+    renoise_sigma_min: float = 0.0
 
 
 class Model(nn.Module):
     """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) around a raw network F; arXiv 2206.00364, Eq. 7.
 
-    Arguments: net, called as net(x, c_noise, labels=, augment=, dropout=); precond, one of ``PRECONDITIONERS``;
-    image_shape (C, H, W); label_dim, number of classes, 0 for none; dtype that the network's torso computes in;
-    sampling, the sampler that ``fastcm.sample`` takes unless told otherwise.
+    With a network that takes a second time it also jumps along trajectories (arXiv 2310.02279, section 3): see ``jump``.
+
+    Arguments: net, called as net(x, c_noise, labels=, augment=, dropout=) and, where net.second_time, with second_N=;
+    precond, one of ``PRECONDITIONERS``; image_shape (C, H, W); label_dim, number of classes, 0 for none; dtype that the
+    network's torso computes in; sampling, the sampler that ``fastcm.sample`` takes unless told otherwise; trajectory, how
+    jumps are made of the network.
     Everything outside the network is fp32.
     """
 
@@ -35,11 +44,18 @@ class Model(nn.Module):
         label_dim: int = 0,
         dtype: torch.dtype = torch.float32,
         sampling: SamplingDefaults | None = None,
+        trajectory: Trajectory | None = None,
     ) -> None:
         super().__init__()
         self.sampling = sampling or SamplingDefaults("heun")
         self.net, self.precond, self.label_dim, self.dtype = net, precond, label_dim, dtype
+        self.trajectory = trajectory or Trajectory()
         self.image_shape: tuple[int, int, int] = tuple(image_shape)
+
+    @property
+    def second_time(self) -> bool:
+        """Whether the network takes a second time, so that the model can jump."""
+        return getattr(self.net, "second_time", False)
 
     @property
     def sigma_min(self) -> float:
@@ -68,13 +84,44 @@ class Model(nn.Module):
         x_NCHW: noisy images of any float dtype. sigma: one noise level per image [N], or one for all. labels: class
         ids [N] or one-hot rows [N, label_dim]; None for no class. augment: augmentation labels. dropout: key of the
         dropout masks, None for no dropout. Raises ValueError for shapes or labels that do not fit.
+
+        Of a network with a second time this is the denoiser at s = t = sigma, ``Trajectory.denoised``.
         """
+        x_NCHW, sigma_N = self._float(x_NCHW, sigma)
+        g_NCHW = self._g(x_NCHW, sigma_N, None, labels, augment, dropout)
+        return self.trajectory.denoised(x_NCHW, g_NCHW, sigma_N) if self.second_time else g_NCHW
+
+    def jump(
+        self,
+        x_NCHW: Tensor,
+        t: Tensor | float,
+        s: Tensor | float,
+        labels: Tensor | None = None,
+        dropout: PhiloxKey | None = None,
+    ) -> Float[Tensor, "N C H W"]:
+        """G(x, t, s), the images at noise level s on the ODE trajectory through x at level t, fp32; arXiv 2310.02279.
+
+        0 <= s <= t, t > 0: one level per image [N], or one for all. G(x, t, t) is x. Levels s below ``trajectory.sigma_min``
+        are embedded as that level, so that s = 0 is finite. Other arguments as in ``forward``.
+        Raises ValueError for a network without a second time, and for shapes or labels that do not fit.
+        """
+        if not self.second_time:
+            raise ValueError("this model cannot jump: its network was built without a second time (second_time=False)")
+        x_NCHW, t_N = self._float(x_NCHW, t)
+        s_N = self._noise_levels(s, x_NCHW)
+        return self.trajectory.jump(x_NCHW, self._g(x_NCHW, t_N, s_N, labels, None, dropout), t_N, s_N)
+
+    def _g(self, x_NCHW: Tensor, t_N: Tensor, s_N: Tensor | None, *conditions: Tensor | PhiloxKey | None) -> Tensor:
+        """c_skip(t) x + c_out(t) F(c_in(t) x; t, s); s = t where it is None."""
+        scalings = self.precond.scalings(t_N)
+        F_NCHW = self.raw(x_NCHW, t_N, *conditions, scalings, s_N)
+        return _per_image(scalings.c_skip) * x_NCHW + _per_image(scalings.c_out) * F_NCHW
+
+    def _float(self, x_NCHW: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Images as fp32 and one noise level for each."""
         self._check_images(x_NCHW)
         x_NCHW = x_NCHW.float()
-        sigma_N = self._noise_levels(sigma, x_NCHW)
-        scalings = self.precond.scalings(sigma_N)
-        F_NCHW = self.raw(x_NCHW, sigma_N, labels, augment, dropout, scalings)
-        return _per_image(scalings.c_skip) * x_NCHW + _per_image(scalings.c_out) * F_NCHW
+        return x_NCHW, self._noise_levels(sigma, x_NCHW)
 
     def raw(
         self,
@@ -84,15 +131,18 @@ class Model(nn.Module):
         augment: Float[Tensor, "N A"] | None = None,
         dropout: PhiloxKey | None = None,
         scalings: Scalings | None = None,
+        s_N: Float[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "N C H W"]:
         """The raw network's output F(c_in x; c_noise), fp32; arguments as in ``forward``.
 
-        ``scalings`` replaces the preconditioner's own.
+        ``scalings`` replaces the preconditioner's own. s_N: the level to jump to, for a network with a second time;
+        None for sigma_N itself.
         """
         self._check_images(x_NCHW)
         scalings = self.precond.scalings(sigma_N) if scalings is None else scalings
         input_NCHW = (_per_image(scalings.c_in) * x_NCHW).to(self.dtype, memory_format=torch.channels_last)
-        return self.from_input(input_NCHW, scalings.c_noise, labels, augment, dropout).float()
+        second_N = None if s_N is None else self.precond.scalings(self.trajectory.second_level(s_N)).c_noise
+        return self.from_input(input_NCHW, scalings.c_noise, labels, augment, dropout, second_N).float()
 
     def from_input(
         self,
@@ -101,13 +151,16 @@ class Model(nn.Module):
         labels: Tensor | None = None,
         augment: Float[Tensor, "N A"] | None = None,
         dropout: PhiloxKey | None = None,
+        second_N: Float[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "N C H W"]:
         """The raw network's output for images that are already scaled by c_in and have the torso's dtype, in that dtype.
 
+        second_N: c_noise of the second time, for a network that takes one; None for c_noise_N itself.
         Channels beyond the image's (iDDPM's variance) are dropped.
         """
         labels = self._one_hot(labels, len(input_NCHW))
-        F_NCHW = self.net(input_NCHW, c_noise_N, labels=labels, augment=augment, dropout=dropout)
+        second = {"second_N": c_noise_N if second_N is None else second_N} if self.second_time else {}
+        F_NCHW = self.net(input_NCHW, c_noise_N, labels=labels, augment=augment, dropout=dropout, **second)
         return F_NCHW[:, : self.image_shape[0]]
 
     def _check_images(self, x_NCHW: Tensor) -> None:

@@ -117,7 +117,7 @@ PERTURBED = [
     ("C_ecm_loss_0_train", {"b": 1.05}),
     ("C_ecm_loss_0_train", {"mapping": "const"}),
     ("C_ecm_loss_0_train", {"distance": "squared"}),
-    ("C_ecm_loss_0_train", {"weight": "snr_plus_one"}),
+    ("C_ecm_loss_0_train", {"weight": "edm"}),
     ("C_ecm_loss_1_train", {"c": 0.04}),
     ("C_ecm_loss_1_train", {"distance": "l2"}),
     ("C_ecm_loss_1_eval", {"boundary_sigma": 0.002}),

@@ -10,13 +10,24 @@ from golden_models import batch_of
 from torch import nn
 
 from fastcm.diffusion.consistency import consistency_weight, t_to_r
+from fastcm.diffusion.grid import Grid, ScaleSchedule
 from fastcm.diffusion.preconditioners import EDM
 from fastcm.errors import ConfigError
 from fastcm.model import Model, one_hot
 from fastcm.nn import UNet
-from fastcm.objectives import ECT, OBJECTIVES, EDMObjective
+from fastcm.objectives import (
+    ECT,
+    OBJECTIVES,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    EDMObjective,
+    ImprovedConsistencyTraining,
+    Networks,
+    ProgressiveDistillation,
+)
 from fastcm.objectives.base import dropout_key, noise_key
-from fastcm.objectives.consistency import noise_pair, pair_loss
+from fastcm.objectives.consistency import noise_pair, pair_loss, solver_pair
+from fastcm.objectives.distances import image_distance
 from fastcm.random import Stream
 
 SHAPE = (3, 8, 8)
@@ -25,8 +36,13 @@ ALL = {
     "vp": EDMObjective(variant="vp"),
     "ve": EDMObjective(variant="ve"),
     "ect": ECT(),
-    "ect_const": ECT(mapping="const", q=256.0, distance="squared", weight="snr_plus_one"),
+    "ect_const": ECT(mapping="const", q=256.0, distance="squared", weight="edm"),
     "ect_huber": ECT(q=4.0, distance="pseudo_huber", c=0.03),
+    "cd": ConsistencyDistillation(),
+    "cd_euler_l1": ConsistencyDistillation(solver="euler", distance="l1"),
+    "ct": ConsistencyTraining(start_scales=20, scales_images=8_000_000, target_halflife_images=1000.0),
+    "ict": ImprovedConsistencyTraining(scales_images=8_000_000),
+    "pd": ProgressiveDistillation(stage_images=2_000_000),
 }
 
 
@@ -59,8 +75,14 @@ def scheduled(objective, images=0):
     return {name: torch.tensor(value) for name, value in objective.schedule(images).items()}
 
 
+def networks_for(objective, model):
+    """The model as student and, where the objective has a use for them, frozen copies as target and teacher."""
+    needs = (objective.target_halflife(0) is not None, objective.needs_teacher)
+    return Networks(model, *(copy.deepcopy(model).requires_grad_(False) if needed else None for needed in needs))
+
+
 def losses(objective, model, batch, seed=3, images=0):
-    return objective.loss(model, batch, seed, scheduled(objective, images))
+    return objective.loss(networks_for(objective, model), batch, seed, scheduled(objective, images))
 
 
 class Spy(nn.Module):
@@ -97,7 +119,7 @@ def test_same_seed_same_loss_and_another_seed_another(objective):
     model, batch = tiny_model(), tiny_batch()
     first, again, other = (losses(objective, model, batch, seed) for seed in (3, 3, 4))
     assert torch.equal(first.loss_N, again.loss_N)
-    assert (first.sigma_N != other.sigma_N).all()
+    assert (first.sigma_N != other.sigma_N).any()
     assert (first.loss_N != other.loss_N).all()
 
 
@@ -130,17 +152,18 @@ def test_loss_never_waits_for_the_device(objective):
     model, batch = tiny_model().to("meta"), tiny_batch()
     on_meta = replace(batch, images=batch.images.to("meta"), labels=batch.labels.to("meta"), index=batch.index.to("meta"))
     schedule = {name: value.to("meta") for name, value in scheduled(objective).items()}
-    terms = objective.loss(model, on_meta, 3, schedule)
+    terms = objective.loss(networks_for(objective, model), on_meta, 3, schedule)
     terms.loss_N.mean().backward()
     assert terms.loss_N.is_meta
 
 
-@pytest.mark.parametrize("name", ["edm", "ect"])
+@pytest.mark.parametrize("name", ["edm", "ect", "cd", "ct", "ict", "pd"])
 def test_loss_and_gradient_compile_to_one_graph_that_serves_every_stage(name):
     objective, model, batch = ALL[name], tiny_model(), tiny_batch(3)
+    networks = networks_for(objective, model)
 
     def loss(schedule):
-        return objective.loss(model, batch, 3, schedule).loss_N
+        return objective.loss(networks, batch, 3, schedule).loss_N
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for i, images in enumerate((0, 4_000_000, 7_000_000)):
@@ -185,7 +208,7 @@ def test_noise_levels_have_the_distribution_of_the_paper(variant):
 
 def test_ect_noise_levels_are_lognormal_and_not_clipped():
     batch = tiny_batch(20_000)
-    t = ECT().loss(Model(Spy(), EDM(), SHAPE, 4), batch, 0, scheduled(ECT())).sigma_N
+    t = ECT().loss(Networks(Model(Spy(), EDM(), SHAPE, 4)), batch, 0, scheduled(ECT())).sigma_N
     assert t.log().mean().item() == pytest.approx(-1.1, abs=0.05)
     assert t.log().std().item() == pytest.approx(2.0, abs=0.05)
     assert t.min() < 0.002
@@ -289,6 +312,61 @@ def test_pair_shares_its_noise():
     torch.testing.assert_close((pair.at_t.x_NCHW - batch.images) / 4, pair.at_r.x_NCHW - batch.images)
 
 
+def test_pair_of_a_teacher_that_knows_the_image_lies_on_the_straight_line_to_it():
+    """With D = y both solvers are exact: x_r = y + r n, the pair that shares its noise."""
+    batch, t = tiny_batch(), torch.tensor([1.0, 2.0, 3.0, 4.0, 80.0])
+    noise = noise_key(batch, 1)
+    shared = noise_pair(batch.images, noise, t, t / 4, EDM())
+    for second_order in (False, True):
+        pair = solver_pair(batch.images, noise, t, t / 4, EDM(), lambda x, *_: batch.images, None, second_order=second_order)
+        torch.testing.assert_close(pair.at_r.x_NCHW, shared.at_r.x_NCHW, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pair.at_r.input_NCHW, shared.at_r.input_NCHW, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 11, 1281])
+def test_lognormal_indices_have_the_discretised_probabilities(levels):
+    grid, u = Grid(), (torch.arange(400_000) + 0.5) / 400_000
+    index = grid.lognormal_index(u, torch.tensor(float(levels)), -1.1, 2.0)
+    assert index.min() >= 0
+    assert index.max() <= levels - 2
+    sigma = grid.sigma(torch.arange(levels, dtype=torch.float64), levels)
+    cumulative = torch.erf((sigma.log() + 1.1) / (2 * math.sqrt(2)))
+    expected = (cumulative[:-1] - cumulative[1:]) / (cumulative[0] - cumulative[-1])
+    found = torch.bincount(index.long(), minlength=levels - 1) / len(u)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=2e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 18, 1281])
+def test_uniform_indices_reach_every_pair_and_none_beyond(levels):
+    u = torch.cat([torch.rand(50_000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 1 - 2.0**-24])])
+    index = Grid().uniform_index(u, torch.tensor(float(levels)))
+    assert torch.equal(index.unique(), torch.arange(levels - 1).float())
+
+
+def test_doubling_curriculum_is_that_of_the_paper():
+    schedule = ScaleSchedule("doubling", 10, 1280, 800)
+    assert [schedule.num_levels(images) for images in (0, 99, 100, 799, 800, 10**9)] == [11, 11, 21, 1281, 1281, 1281]
+
+
+def test_half_life_of_the_target_follows_the_number_of_intervals():
+    objective = ConsistencyTraining(start_scales=2, end_scales=150, scales_images=100, target_halflife_images=10.0)
+    assert objective.target_halflife(0) == pytest.approx(10.0 / 2)  # N' = 1 at the very beginning
+    assert objective.target_halflife(100) == pytest.approx(10.0 * 150 / 2)
+    assert ConsistencyDistillation(target_halflife_images=7.0).target_halflife(10**6) == 7.0
+    assert ImprovedConsistencyTraining().target_halflife(0) is None
+
+
+def test_steps_of_progressive_distillation_halve_and_stop():
+    objective = ProgressiveDistillation(start_steps=16, end_steps=2, stage_images=100)
+    assert [objective.schedule(images)["num_steps"] for images in (0, 99, 100, 200, 300, 10**6)] == [16, 16, 8, 4, 2, 2]
+
+
+def test_feature_distance_without_a_feature_network_says_so():
+    images = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="feature network"):
+        image_distance("lpips", images, images)
+
+
 @pytest.mark.parametrize("mapping", ["sigmoid", "const"])
 @pytest.mark.parametrize("decay", [0.9, 0.5, 1 / 256, 2.0**-30, 0.0])
 def test_r_lies_below_t_however_late_the_stage(mapping, decay):
@@ -309,7 +387,7 @@ def test_loss_is_finite_after_any_number_of_images():
 def test_weights_are_those_of_the_paper():
     t, r = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.25])
     torch.testing.assert_close(consistency_weight(t, r), torch.tensor([1.0, 4.0]))
-    torch.testing.assert_close(consistency_weight(t, r, "snr_plus_one", 0.5), torch.tensor([4.25, 8.0]))
+    torch.testing.assert_close(consistency_weight(t, r, "edm", 0.5), torch.tensor([4.25, 8.0]))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +399,15 @@ def test_weights_are_those_of_the_paper():
         (lambda: ECT(weight="none"), "weight.*none"),
         (lambda: ECT(q=1.0), "q: .*1.0"),
         (lambda: ECT(double_images=0), "double_images"),
+        (lambda: ConsistencyTraining(end_scales=1), "start 2, end 1"),
+        (lambda: ConsistencyTraining(scales="linear"), "scales.*linear"),
+        (lambda: ConsistencyTraining(target_halflife_images=0.0), "target_halflife_images"),
+        (lambda: ConsistencyDistillation(solver="rk4"), "solver.*rk4"),
+        (lambda: ConsistencyDistillation(distance="ssim"), "distance.*ssim"),
+        (lambda: ConsistencyDistillation(sigma_min=90.0), "sigma_min < sigma_max"),
+        (lambda: ImprovedConsistencyTraining(indices="normal"), "indices.*normal"),
+        (lambda: ProgressiveDistillation(start_steps=4, end_steps=8), "end_steps"),
+        (lambda: ProgressiveDistillation(weight="none"), "weight.*none"),
     ],
 )
 def test_impossible_constants_say_why(build, message):

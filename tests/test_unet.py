@@ -24,7 +24,8 @@ ALL_FAMILIES = pytest.mark.parametrize("family", ["ddpmpp", "ncsnpp", "adm", SKI
 
 
 def tiny(family="ddpmpp", **options):
-    sizes = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+    width = 32 if family == "openai" else 16  # its norms have 32 groups
+    sizes = {"model_channels": width, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
     return UNet(family, 8, 1, **(sizes | options)).init_weights(0)
 
 
@@ -68,10 +69,10 @@ def test_constants_are_those_of_the_papers():
     ddpmpp, ncsnpp, adm = (FAMILIES[name] for name in ("ddpmpp", "ncsnpp", "adm"))
     assert (ddpmpp.eps, ncsnpp.eps, adm.eps) == (1e-6, 1e-6, 1e-5)
     assert [GroupNorm(channels, 1e-6).num_groups for channels in (2, 4, 16, 96, 128, 256, 1024)] == [1, 1, 4, 24, 32, 32, 32]
-    assert [adm.num_heads(channels) for channels in (48, 64, 192, 768)] == [0, 1, 3, 12]
-    assert [ddpmpp.num_heads(channels) for channels in (16, 256)] == [1, 1]
+    assert [adm.heads(channels) for channels in (48, 64, 192, 768)] == [0, 1, 3, 12]
+    assert [ddpmpp.heads(channels) for channels in (16, 256)] == [1, 1]
     stems = [tiny(family, channel_mult=(2, 2)).enc["8x8_conv"].weight.shape[0] for family in FAMILIES]
-    assert stems == [16, 16, 32]
+    assert stems == [16, 16, 32, 64]
     with torch.device("meta"):
         unet = UNet("adm", 64, 3, **ADM_IMAGENET)
         first, deep = unet.enc["32x32_block0"], unet.dec["8x8_block1"]

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from fastcm.config import load_config
 from fastcm.nn.blocks import Block
 from fastcm.nn.build import build_network
+from fastcm.nn.edm2 import MPBlock
 from fastcm.nn.layers import GroupNorm
 
 # Shape set: the configuration whose network it is, images (C, H, W), classes and augmentation labels.
@@ -17,9 +18,11 @@ SHAPE_SETS = {
     "ddpmpp32": ("ect_cifar10", (3, 32, 32), 0, 9),
     "adm64": ("ect_imagenet64_adm", (3, 64, 64), 1000, 0),
 }
+# A network without group norm and with the attention of adm64: there is nothing further to compile or tune for it.
+FURTHER_SETS = {"edm2-64": ("edm2_imagenet64_s", (3, 64, 64), 1000, 0)}
 # Small enough for any machine: to try the benchmark itself.
 TOY_SETS = {"digits8": ("digits", (1, 8, 8), 0, 0)}
-ALL_SETS = SHAPE_SETS | TOY_SETS
+ALL_SETS = SHAPE_SETS | FURTHER_SETS | TOY_SETS
 
 
 class GroupNormShape(NamedTuple):
@@ -121,10 +124,11 @@ def _watch(module: nn.Module, calls: Counter[GroupNormShape | AttentionShape]) -
 
     if isinstance(module, GroupNorm):
         module.register_forward_pre_hook(count_norm, with_kwargs=True)
-    if isinstance(module, Block) and module.num_heads:
+    if isinstance(module, Block | MPBlock) and module.num_heads:
         shape = AttentionShape(0, module.num_heads, module.out_channels // module.num_heads)
 
         def count_attention(_: nn.Module, args: tuple[Any, ...]) -> None:
             calls[shape._replace(tokens=args[0].shape[2] * args[0].shape[3])] += 1
 
-        module.qkv.register_forward_pre_hook(count_attention)
+        projection = module.qkv if isinstance(module, Block) else module.attn_qkv
+        projection.register_forward_pre_hook(count_attention)

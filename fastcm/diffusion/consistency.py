@@ -1,14 +1,15 @@
-"""The continuous-time schedule of Easy Consistency Tuning: noise levels t, their partners r < t, stages and weights.
+"""The continuous-time schedule of Easy Consistency Tuning, arXiv 2406.14548, and the weights of consistency losses.
 
-arXiv 2406.14548. Noise levels are unit-free, images have a standard deviation near sigma_data = 0.5.
+Noise levels are unit-free, images have a standard deviation near sigma_data = 0.5.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 MAPPINGS = ("sigmoid", "const")
-WEIGHTS = ("inverse_gap", "snr_plus_one")
 
 # The smallest (t - r) / t: fp32 still tells r from t, so 1 / (t - r) stays finite however late the stage.
 MIN_GAP = 2.0**-20
@@ -47,12 +48,23 @@ def stage_decay(stage: int, q: float) -> float:
 def consistency_weight(
     t_N: Float[Tensor, " N"], r_N: Float[Tensor, " N"], weight: str = "inverse_gap", sigma_data: float = 0.5
 ) -> Float[Tensor, " N"]:
-    """The weight of a pair: "inverse_gap" 1 / (t - r), "snr_plus_one" 1 / t^2 + 1 / sigma_data^2; arXiv 2406.14548.
+    """The weight of a pair of noise levels r < t.
 
+    "uniform" 1 (arXiv 2303.01469, section 4); "inverse_gap" 1 / (t - r) (arXiv 2310.14189, section 3.1; arXiv 2406.14548);
+    "edm" 1 / t^2 + 1 / sigma_data^2, EDM's lambda (arXiv 2206.00364, Table 1; arXiv 2406.14548 on ImageNet); "snr" 1 / t^2,
+    "snr_plus_one" 1 / t^2 + 1, "truncated_snr" max(1 / t^2, 1) (arXiv 2202.00512, section 4).
     Raises ValueError for an unknown weight.
     """
-    if weight == "inverse_gap":
-        return 1 / (t_N - r_N)
-    if weight == "snr_plus_one":
-        return 1 / t_N**2 + 1 / sigma_data**2
-    raise ValueError(f"unknown weight {weight!r}; choose one of {', '.join(WEIGHTS)}")
+    if weight not in WEIGHTS:
+        raise ValueError(f"unknown weight {weight!r}; choose one of {', '.join(WEIGHTS)}")
+    return WEIGHTS[weight](t_N, r_N, sigma_data)
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "uniform": lambda t_N, r_N, sigma_data: torch.ones_like(t_N),
+    "inverse_gap": lambda t_N, r_N, sigma_data: 1 / (t_N - r_N),
+    "edm": lambda t_N, r_N, sigma_data: 1 / t_N**2 + 1 / sigma_data**2,
+    "snr": lambda t_N, r_N, sigma_data: 1 / t_N**2,
+    "snr_plus_one": lambda t_N, r_N, sigma_data: 1 / t_N**2 + 1,
+    "truncated_snr": lambda t_N, r_N, sigma_data: (1 / t_N**2).clamp(min=1),
+}

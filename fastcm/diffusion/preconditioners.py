@@ -88,6 +88,23 @@ class EDMBoundary(_Continuous):
         return _edm_scalings(sigma_N, self.sigma_data, self.sigma_min)
 
 
+@dataclass(frozen=True)
+class Direct(_Continuous):
+    """No scalings but that of the input: D(x; sigma) = F(x / sqrt(s^2 + sd^2); ln(s) / 4) for s = sigma, sd = sigma_data.
+
+    The inner parametrisation "no" of arXiv 2310.02279.
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: ClassVar[float] = 0.0
+    sigma_max: ClassVar[float] = math.inf
+
+    def scalings(self, sigma_N: Float[Tensor, " N"]) -> Scalings:
+        """The coefficients at these noise levels."""
+        edm = _edm_scalings(sigma_N, self.sigma_data, 0.0)
+        return edm._replace(c_skip=torch.zeros_like(sigma_N), c_out=torch.ones_like(sigma_N))
+
+
 def _edm_scalings(sigma_N: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
     above_N, rms_N = sigma_N - sigma_min, (sigma_N**2 + sigma_data**2).sqrt()
     c_skip_N = sigma_data**2 / (above_N**2 + sigma_data**2)
@@ -209,4 +226,11 @@ def _iddpm_constant(C_1: float, C_2: float, M: int, device: str) -> Tensor:
     return _iddpm_table(IDDPM(C_1, C_2, M), torch.device(device))
 
 
-PRECONDITIONERS: dict[str, type] = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM, "edm_boundary": EDMBoundary}
+PRECONDITIONERS: dict[str, type] = {
+    "edm": EDM,
+    "vp": VP,
+    "ve": VE,
+    "iddpm": IDDPM,
+    "edm_boundary": EDMBoundary,
+    "direct": Direct,
+}

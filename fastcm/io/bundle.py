@@ -89,7 +89,7 @@ def load(path: str | Path, *, ema: str = "", device: str | torch.device = "cpu",
 def model_from_header(header: BundleHeader, *, dtype: torch.dtype = torch.float32, origin: Path) -> Model:
     """A model of the architecture that a header describes, weights not filled in yet."""
     try:
-        network = NetworkConfig.model_validate(header.network)
+        network = TypeAdapter(NetworkConfig).validate_python(header.network)
         arguments = dict(header.preconditioner)
         precond = PRECONDITIONERS[arguments.pop("kind")](**arguments)
     except (ValidationError, KeyError, TypeError) as error:

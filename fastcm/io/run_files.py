@@ -12,7 +12,9 @@ class RunFiles:
     run.json          its hash, the identity of the run (what must not change on resume), versions
     metrics.jsonl     one line per logging interval
     checkpoints/      everything needed to resume bit for bit
-    model.safetensors bundle of the current phase at its last snapshot; <phase>.safetensors of each finished one
+    ema_snapshots/    <phase>/<images>-std<width>.safetensors: power EMAs on the way, for ``fastcm ema``
+    model.safetensors bundle of the current phase at its last snapshot; <phase>.safetensors of each finished one;
+                      <phase>-ema.safetensors: what ``fastcm ema`` made
     evaluation.json   Frechet distances, where the run was evaluated; comparison.png: real images and samples
     samples/          picture grids at fixed latents; loss.png, report.html: what to look at
     """
@@ -23,6 +25,7 @@ class RunFiles:
         self.run = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.ema_snapshots = path / "ema_snapshots"
         self.bundle = path / MODEL_FILE
         self.samples = path / "samples"
         self.loss_curve = path / "loss.png"
@@ -33,3 +36,7 @@ class RunFiles:
     def phase_bundle(self, phase: str) -> Path:
         """The bundle of a finished phase."""
         return self.path / f"{phase}.safetensors"
+
+    def ema_bundle(self, phase: str) -> Path:
+        """The bundle of averages reconstructed from the EMA snapshots of a phase."""
+        return self.path / f"{phase}-ema.safetensors"

@@ -1,6 +1,7 @@
-"""The residual block of EDM's U-Nets (arXiv 2206.00364, Appendix F.2) with optional resampling and self-attention."""
+"""The residual block of the U-Nets (arXiv 2206.00364, Appendix F.2) with optional resampling and self-attention."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from fastcm import ops
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.nn.families import Family
 from fastcm.nn.init import ZEROS
-from fastcm.nn.layers import Conv, GroupNorm, Linear, Resample
+from fastcm.nn.layers import Conv, GroupNorm, Linear, Resample, StridedConv
 
 
 class Context(NamedTuple):
@@ -21,7 +22,7 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-    """Residual block, then self-attention where ``attention``.
+    """Residual block, then self-attention where there are ``num_heads``.
 
     h = conv1(dropout(silu(mod(norm1(conv0(silu(norm0(x)))))));  x <- (h + skip(x)) s;  x <- (proj(att(qkv(norm2(x)))) + x) s
 
@@ -40,33 +41,33 @@ class Block(nn.Module):
         *,
         dropout: float = 0.0,
         resample: Literal["up", "down"] | None = None,
-        attention: bool = False,
+        num_heads: int = 0,
         second_time: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.site = dropout, 0
         self.adaptive_scale, self.skip_scale = family.adaptive_scale, family.skip_scale
-        self.num_heads = family.num_heads(out_channels) if attention else 0
+        self.num_heads = num_heads
 
-        init, eps = family.init, family.eps
+        init, norm = family.init, partial(GroupNorm, eps=family.eps, min_group_channels=family.min_group_channels)
         scaling = None if resample is None else Resample(family.resample_filter, up=resample == "up")
         affine_channels = out_channels * (2 if family.adaptive_scale else 1)
-        self.norm0 = GroupNorm(in_channels, eps)
+        self.norm0 = norm(in_channels)
         self.conv0 = Conv(in_channels, out_channels, 3, init.layer, scaling)
         self.affine = Linear(emb_channels, affine_channels, init.layer)
         self.affine_s = Linear(emb_channels, affine_channels, ZEROS) if second_time else None
-        self.norm1 = GroupNorm(out_channels, eps)
+        self.norm1 = norm(out_channels)
         self.conv1 = Conv(out_channels, out_channels, 3, init.output)
 
         self.skip = scaling
         if in_channels != out_channels or (scaling is not None and family.resample_proj):
             self.skip = Conv(in_channels, out_channels, 1, init.layer, scaling)
 
-        if self.num_heads:
-            if out_channels % self.num_heads:
-                raise ValueError(f"{out_channels} channels do not divide into {self.num_heads} attention heads")
-            self.norm2 = GroupNorm(out_channels, eps)
+        if num_heads:
+            if out_channels % num_heads:
+                raise ValueError(f"{out_channels} channels do not divide into {num_heads} attention heads")
+            self.norm2 = norm(out_channels)
             self.qkv = Conv(out_channels, 3 * out_channels, 1, init.qkv)
             self.proj = Conv(out_channels, out_channels, 1, init.output)
 
@@ -99,3 +100,19 @@ class Block(nn.Module):
 
     def _scale(self, x_NCHW: Tensor) -> Tensor:
         return x_NCHW if self.skip_scale == 1 else x_NCHW * self.skip_scale
+
+
+class PlainDown(StridedConv):
+    """What stands in the place of a halving block where ``family.resample_layers`` is "conv"."""
+
+    def forward(self, x_NCHW: Float[Tensor, "N C H W"], context: Context) -> Float[Tensor, "N C H2 W2"]:
+        """[N, C, H, W] to [N, C, H / 2, W / 2]; the condition has no part in it."""
+        return super().forward(x_NCHW)
+
+
+class PlainUp(Conv):
+    """What stands in the place of a doubling block where ``family.resample_layers`` is "conv"."""
+
+    def forward(self, x_NCHW: Float[Tensor, "N C H W"], context: Context) -> Float[Tensor, "N C H2 W2"]:
+        """[N, C, H, W] to [N, C, 2 H, 2 W]; the condition has no part in it."""
+        return super().forward(x_NCHW)

@@ -1,37 +1,57 @@
-"""From the network section of a configuration to a U-Net."""
+"""From the network section of a configuration to a network."""
 
-from fastcm.config import NetworkConfig
+from dataclasses import replace
+
+from fastcm.config import EDM2Config, NetworkConfig, UNetConfig
 from fastcm.errors import ConfigError
+from fastcm.nn.edm2 import EDM2UNet
+from fastcm.nn.families import FAMILIES
+from fastcm.nn.network import Network
 from fastcm.nn.unet import UNet
 
 
 def build_network(
-    config: NetworkConfig, image_shape: tuple[int, int, int], label_dim: int = 0, augment_dim: int = 0, dropout: float = 0.0
-) -> UNet:
-    """A U-Net for images of shape (C, H, W) with uninitialised weights; call ``init_weights(seed)`` or load some.
+    config: NetworkConfig,
+    image_shape: tuple[int, int, int],
+    label_dim: int = 0,
+    augment_dim: int = 0,
+    dropout: float = 0.0,
+    dropout_max_resolution: int = 0,
+) -> Network:
+    """A network for images of shape (C, H, W) with uninitialised weights; call ``init_weights(seed)`` or load some.
 
+    dropout: probability at the one site of each block whose resolution is at most dropout_max_resolution (0: of all).
     Raises ConfigError for a network that these images cannot pass through.
     """
     channels, height, _ = image_shape
+    dropouts = {"dropout": dropout, "dropout_max_resolution": dropout_max_resolution}
     try:
-        return _unet(config, height, channels, label_dim, augment_dim, dropout)
+        if isinstance(config, EDM2Config):
+            return _edm2(config, height, channels, label_dim, augment_dim, **dropouts)
+        return _unet(config, height, channels, label_dim=label_dim, augment_dim=augment_dim, **dropouts)
     except ValueError as error:
         raise ConfigError(f"network: {error}") from None
 
 
-def _unet(config: NetworkConfig, resolution: int, channels: int, label_dim: int, augment_dim: int, dropout: float) -> UNet:
+def _unet(config: UNetConfig, resolution: int, channels: int, **options: float) -> UNet:
     return UNet(
-        config.family,
+        replace(FAMILIES[config.family], **config.overrides.given()),
         resolution,
         channels,
-        label_dim=label_dim,
-        augment_dim=augment_dim,
+        out_channels=config.out_channels or channels,
         model_channels=config.model_channels,
         channel_mult=config.channel_mult,
         channel_mult_emb=config.channel_mult_emb,
         num_blocks=config.num_blocks,
         attn_resolutions=config.attn_resolutions,
-        dropout=dropout,
         fourier_scale=config.fourier_scale,
         second_time=config.second_time,
+        **options,
     )
+
+
+def _edm2(config: EDM2Config, resolution: int, channels: int, label_dim: int, augment_dim: int, **dropouts: float) -> EDM2UNet:
+    if augment_dim:
+        raise ValueError("family edm2 takes no augmentation labels; set augment: 0 in every phase")
+    sizes = config.model_dump(exclude={"family"})
+    return EDM2UNet(resolution, channels, label_dim=label_dim, **sizes, **dropouts)

@@ -1,6 +1,7 @@
 """Embeddings of the noise level: sinusoids of fixed or of random frequencies, always in fp32 or better."""
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,18 +17,24 @@ class PositionalEmbedding(nn.Module):
     """Sinusoids of geometrically spaced frequencies.
 
     (cos(w_i x), sin(w_i x)) for w_i = 10000^(-i / (n - e)), i < n = num_channels / 2, e = 1 with ``endpoint``, else 0;
-    arXiv 1706.03762, section 3.5. ``sin_first`` exchanges the two halves.
+    arXiv 1706.03762, section 3.5. ``sin_first`` exchanges the two halves. rounding: whether w_i is computed as a "power"
+    or as "exp"(-i ln(10000) / (n - e)); with x up to 1553 their last bits show.
     """
 
-    def __init__(self, num_channels: int, endpoint: bool, sin_first: bool) -> None:
+    def __init__(self, num_channels: int, endpoint: bool, sin_first: bool, rounding: Literal["power", "exp"] = "power") -> None:
         super().__init__()
         self.num_frequencies, self.endpoint, self.sin_first = num_channels // 2, endpoint, sin_first
+        self.rounding = rounding
 
     def forward(self, x_N: Float[Tensor, " N"]) -> Float[Tensor, "N E"]:
         """[N] to [N, num_channels]."""
         # fp32 like the published networks, also where the rest of the network is fp64.
         index = torch.arange(self.num_frequencies, dtype=torch.float32, device=x_N.device)
-        frequencies = (1 / MAX_PERIOD) ** (index / max(self.num_frequencies - self.endpoint, 1))
+        last = max(self.num_frequencies - self.endpoint, 1)
+        if self.rounding == "power":
+            frequencies = (1 / MAX_PERIOD) ** (index / last)
+        else:
+            frequencies = (-math.log(MAX_PERIOD) * index / last).exp()
         return _sinusoids(x_N[:, None] * frequencies.to(x_N.dtype), self.sin_first)
 
 

@@ -12,7 +12,6 @@ from fastcm.kernels.philox import PhiloxKey
 from fastcm.nn.init import Init, init_layer, unset
 
 MAX_GROUPS = 32
-MIN_CHANNELS_PER_GROUP = 4
 
 
 class Linear(nn.Module):
@@ -76,6 +75,15 @@ class Conv(nn.Module):
         return F.conv2d(x_NCHW, self.weight.to(x_NCHW.dtype), bias, padding=self.padding)
 
 
+class StridedConv(Conv):
+    """3x3 convolution at every other row and column: half the resolution."""
+
+    def forward(self, x_NCHW: Float[Tensor, "N I H W"]) -> Float[Tensor, "N O H2 W2"]:
+        """[N, in_channels, H, W] to [N, out_channels, H / 2, W / 2]."""
+        weight, bias = self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype)
+        return F.conv2d(x_NCHW, weight, bias, stride=2, padding=self.padding)
+
+
 class ConvThenDown(Conv):
     """Convolution, then halving of the resolution, as one strided convolution with the two kernels convolved.
 
@@ -99,12 +107,12 @@ def _convolve(weight_OIHW: Tensor, taps: tuple[float, ...], dim: int) -> Tensor:
 
 
 class GroupNorm(nn.Module):
-    """Group norm over min(32, C // 4) groups (at least 1), with what ``ops.group_norm`` does after it."""
+    """Group norm over min(32, C // min_group_channels) groups (at least 1), with what ``ops.group_norm`` does after it."""
 
-    def __init__(self, num_channels: int, eps: float) -> None:
+    def __init__(self, num_channels: int, eps: float, min_group_channels: int = 4) -> None:
         super().__init__()
         self.eps = eps
-        self.num_groups = max(1, min(MAX_GROUPS, num_channels // MIN_CHANNELS_PER_GROUP))
+        self.num_groups = max(1, min(MAX_GROUPS, num_channels // min_group_channels))
         if num_channels % self.num_groups:
             raise ValueError(
                 f"{num_channels} channels do not divide into {self.num_groups} groups: use widths that are multiples of 32"

@@ -1,4 +1,4 @@
-"""The U-Net of EDM in one class: DDPM++, NCSN++ and ADM are values of ``Family`` (arXiv 2206.00364, Appendix F.2)."""
+"""One U-Net: DDPM++, NCSN++ and ADM as EDM has them, and OpenAI's, are values of ``Family`` (arXiv 2206.00364, F.2)."""
 
 import math
 from collections.abc import Sequence
@@ -10,21 +10,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastcm.kernels.philox import PhiloxKey
-from fastcm.nn.blocks import Block, Context
+from fastcm.nn.blocks import Block, Context, PlainDown, PlainUp
 from fastcm.nn.embeddings import FourierEmbedding, PositionalEmbedding
 from fastcm.nn.families import FAMILIES, Family
-from fastcm.nn.layers import Conv, ConvThenDown, GroupNorm, Linear, Resample, init_weights, linear_of_all
+from fastcm.nn.layers import Conv, ConvThenDown, GroupNorm, Linear, Resample, linear_of_all
+from fastcm.nn.network import Network
+
+NEAREST = (1.0, 1.0)
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The raw network F(x, c_noise, labels, augment) of arXiv 2206.00364, Eq. 7, of any family, resolution and width.
 
     family: a name in ``FAMILIES`` or a ``Family``. channel_mult: width of each resolution level in units of
     model_channels; each level halves the resolution. attn_resolutions: where blocks have self-attention (the two blocks
     at the bottom have one in any case). dropout: probability at the one site of each block, applied only when forward
-    gets a key. label_dim, augment_dim: widths of the conditions, 0 for none. fourier_scale overrides the family's.
-    second_time adds a second noise level (arXiv 2310.02279: jump from t to s) that has no effect before training.
+    gets a key; at resolutions above dropout_max_resolution there is none (0: no such limit). label_dim, augment_dim:
+    widths of the conditions, 0 for none. fourier_scale overrides the family's. second_time adds a second noise level
+    (arXiv 2310.02279: jump from t to s) that has no effect before training.
 
+    Noise conditions are c_noise as a preconditioner gives it, in every family; ``Family.noise_scale`` is part of the network.
     Parameter names are those of the official EDM networks. Parameters are fp32 and NaN until ``init_weights`` or
     ``load_state_dict``. The torso computes in the dtype of x, the embedding in that of the parameters.
     Raises ValueError for sizes that cannot work.
@@ -45,6 +50,7 @@ class UNet(nn.Module):
         num_blocks: int = 4,
         attn_resolutions: Sequence[int] = (16,),
         dropout: float = 0.0,
+        dropout_max_resolution: int = 0,
         fourier_scale: float | None = None,
         second_time: bool = False,
     ) -> None:
@@ -56,7 +62,8 @@ class UNet(nn.Module):
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.out_channels = img_channels if out_channels is None else out_channels
         self.label_dim, self.augment_dim, self.num_blocks = label_dim, augment_dim, num_blocks
-        self.attn_resolutions, self.dropout, self.second_time = frozenset(attn_resolutions), dropout, second_time
+        self.attn_resolutions, self.second_time = frozenset(attn_resolutions), second_time
+        self.dropout, self.dropout_max_resolution = dropout, dropout_max_resolution or img_resolution
         self.emb_channels = model_channels * channel_mult_emb
 
         self._build_embedding(model_channels * self.family.channel_mult_noise, fourier_scale)
@@ -66,14 +73,6 @@ class UNet(nn.Module):
         self._blocks = [module for module in self.modules() if isinstance(module, Block)]
         for site, block in enumerate(self._blocks):
             block.site = site
-
-    def init_weights(self, seed: int) -> "UNet":
-        """Draw all weights from Stream(seed, "init/<parameter name>") and return the network itself.
-
-        Each parameter's values depend on the seed, its name and its shape only, not on the device or on other layers.
-        """
-        init_weights(self, seed)
-        return self
 
     def forward(
         self,
@@ -104,17 +103,19 @@ class UNet(nn.Module):
         augment: Float[Tensor, "N A"] | None = None,
     ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"] | None]:
         """What the blocks see of the condition, [N, E], and of the second time (None without one)."""
-        dtype = self.map_layer0.weight.dtype
         label_NE = self._embed_labels(labels, len(c_noise_N), c_noise_N.device)
         before, after = (label_NE, None) if self.family.labels == "before_mlp" else (None, label_NE)
-        noise = _plus(self.map_noise(c_noise_N.to(dtype)), before)
+        noise = _plus(self._embed_noise(c_noise_N), before)
         if augment is not None:
-            noise = noise + self.map_augment(augment.to(dtype))
+            noise = noise + self.map_augment(augment.to(noise.dtype))
         emb_NE = F.silu(_plus(self.map_layer1(F.silu(self.map_layer0(noise))), after))
         if second_N is None:
             return emb_NE, None
-        second = _plus(self.map_noise(second_N.to(dtype)), before)
+        second = _plus(self._embed_noise(second_N), before)
         return emb_NE, F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(second))))
+
+    def _embed_noise(self, c_noise_N: Tensor) -> Tensor:
+        return self.map_noise(c_noise_N.to(self.map_layer0.weight.dtype) * self.family.noise_scale)
 
     def _project(self, emb_NE: Tensor, second_NE: Tensor | None) -> tuple[Tensor, ...]:
         """The affine maps of all blocks, in the order of their sites, as one matrix product instead of dozens of tiny ones."""
@@ -183,7 +184,7 @@ class UNet(nn.Module):
     def _build_embedding(self, noise_channels: int, fourier_scale: float | None) -> None:
         family, init, emb_channels = self.family, self.family.init, self.emb_channels
         if family.embedding == "positional":
-            self.map_noise = PositionalEmbedding(noise_channels, family.endpoint, family.sin_first)
+            self.map_noise = PositionalEmbedding(noise_channels, family.endpoint, family.sin_first, family.frequencies)
         else:
             scale = family.fourier_scale if fourier_scale is None else fourier_scale
             self.map_noise = FourierEmbedding(noise_channels, scale, family.sin_first)
@@ -207,12 +208,12 @@ class UNet(nn.Module):
         for resolution, width in zip(self.resolutions, widths, strict=True):
             before = skip_widths[-1]
             if resolution != self.resolutions[0]:
-                self.enc[_name(resolution, "down")] = self._block(before, before, resample="down")
+                self.enc[_name(resolution, "down")] = self._resampler(resolution, before, "down")
                 image_width = self._build_merge(resolution, image_width, before)
                 skip_widths.append(before)
+            heads = self.family.heads(width) if resolution in self.attn_resolutions else 0
             for index in range(self.num_blocks):
-                attention = resolution in self.attn_resolutions
-                self.enc[_name(resolution, f"block{index}")] = self._block(skip_widths[-1], width, attention=attention)
+                self.enc[_name(resolution, f"block{index}")] = self._block(resolution, skip_widths[-1], width, heads)
                 skip_widths.append(width)
         return skip_widths
 
@@ -233,22 +234,23 @@ class UNet(nn.Module):
         before = skip_widths[-1]
         for resolution, width in reversed(list(zip(self.resolutions, widths, strict=True))):
             if resolution == self.resolutions[-1]:
-                self.dec[_name(resolution, "in0")] = self._block(before, before, attention=True)
-                self.dec[_name(resolution, "in1")] = self._block(before, before)
+                self.dec[_name(resolution, "in0")] = self._block(resolution, before, before, self.family.heads(before))
+                self.dec[_name(resolution, "in1")] = self._block(resolution, before, before)
             else:
-                self.dec[_name(resolution, "up")] = self._block(before, before, resample="up")
+                self.dec[_name(resolution, "up")] = self._resampler(resolution, before, "up")
             for index in range(self.num_blocks + 1):
-                attention = resolution in self.attn_resolutions and (
-                    self.family.decoder_attention == "all" or index == self.num_blocks
-                )
-                block = self._block(before + skip_widths.pop(), width, attention=attention)
+                attends = self.family.decoder_attention == "all" or index == self.num_blocks
+                heads = self.family.heads(width, decoder=True) if attends and resolution in self.attn_resolutions else 0
+                block = self._block(resolution, before + skip_widths.pop(), width, heads)
                 self.dec[_name(resolution, f"block{index}")] = block
                 before = width
             self._build_image_head(resolution, width)
 
     def _build_image_head(self, resolution: int, width: int) -> None:
         """The layers of ``_add_image`` for one level, or those of the output after the last one."""
-        norm, conv = GroupNorm(width, self.family.eps), Conv(width, self.out_channels, 3, self.family.init.output)
+        family = self.family
+        norm = GroupNorm(width, family.eps, family.min_group_channels)
+        conv = Conv(width, self.out_channels, 3, family.init.output)
         is_last = resolution == self.resolutions[0]
         if self.family.head == "out":
             if is_last:
@@ -260,17 +262,33 @@ class UNet(nn.Module):
             self.dec[_name(resolution, "aux_up")] = Resample(self.family.resample_filter, up=True)
 
     def _block(
-        self, in_channels: int, out_channels: int, *, resample: Literal["up", "down"] | None = None, attention: bool = False
+        self,
+        resolution: int,
+        in_channels: int,
+        out_channels: int,
+        num_heads: int = 0,
+        resample: Literal["up", "down"] | None = None,
     ) -> Block:
         return Block(
             in_channels,
             out_channels,
             self.emb_channels,
             self.family,
-            dropout=self.dropout,
+            dropout=self.dropout if resolution <= self.dropout_max_resolution else 0.0,
             resample=resample,
-            attention=attention,
+            num_heads=num_heads,
             second_time=self.second_time,
+        )
+
+    def _resampler(self, resolution: int, channels: int, direction: Literal["up", "down"]) -> nn.Module:
+        """The layer that brings the features to this resolution."""
+        if self.family.resample_layers == "block":
+            return self._block(resolution, channels, channels, resample=direction)
+        init = self.family.init.layer
+        return (
+            PlainDown(channels, channels, 3, init)
+            if direction == "down"
+            else PlainUp(channels, channels, 3, init, Resample(NEAREST, up=True))
         )
 
     def _check(self, x_NCHW: Tensor, second_N: Tensor | None, labels: Tensor | None, augment: Tensor | None) -> None:

@@ -1,9 +1,29 @@
 """Training objectives: what turns a batch into one loss per image."""
 
-from fastcm.objectives.base import LossTerms, Objective
-from fastcm.objectives.consistency import ECT
+from fastcm.objectives.base import LossTerms, Networks, Objective
+from fastcm.objectives.discrete import ConsistencyDistillation, ConsistencyTraining, ImprovedConsistencyTraining
+from fastcm.objectives.ect import ECT
 from fastcm.objectives.edm import EDMObjective
+from fastcm.objectives.progressive import ProgressiveDistillation
 
-OBJECTIVES: dict[str, type] = {"edm": EDMObjective, "ect": ECT}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "edm": EDMObjective,
+    "ect": ECT,
+    "cd": ConsistencyDistillation,
+    "ct": ConsistencyTraining,
+    "ict": ImprovedConsistencyTraining,
+    "pd": ProgressiveDistillation,
+}
 
-__all__ = ["ECT", "OBJECTIVES", "EDMObjective", "LossTerms", "Objective"]
+__all__ = [
+    "ECT",
+    "OBJECTIVES",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "EDMObjective",
+    "ImprovedConsistencyTraining",
+    "LossTerms",
+    "Networks",
+    "Objective",
+    "ProgressiveDistillation",
+]

@@ -1,9 +1,9 @@
-"""What an objective is to the training loop: a pure function from (model, batch, seed, schedule) to one loss per image."""
+"""What an objective is to the training loop: a pure function from (networks, batch, seed, schedule) to one loss per image."""
 
 from typing import NamedTuple, Protocol
 
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm.diffusion.preconditioners import Preconditioner
 from fastcm.kernels.philox import PhiloxKey
@@ -43,30 +43,50 @@ class TrainingBatch(Protocol):
         ...
 
 
-class Objective(Protocol):
+class Networks(NamedTuple):
+    """The networks of a training step: the student that learns, and what an objective says that it needs besides.
+
+    target: a moving average of the student that gives the targets of consistency losses. teacher: a frozen diffusion model.
+    perceptual: the distance of two batches of images, (x, y) to [N].
+    """
+
+    student: Model
+    target: Model | None = None
+    teacher: Model | None = None
+    perceptual: nn.Module | None = None
+
+
+class Objective:
     """A training objective, a frozen dataclass of its constants.
 
     All randomness comes from streams keyed by (seed, purpose) and ``batch.index``, so the loss of an image does not
     depend on the batch it is in. Nothing in ``loss`` waits for the device.
     """
 
-    @property
-    def precond(self) -> Preconditioner:
-        """The preconditioner to train with."""
-        ...
+    precond: Preconditioner  # to train with
+    needs_teacher: bool = False
+    needs_perceptual: bool = False
 
     @property
     def sampling_precond(self) -> Preconditioner:
-        """The preconditioner to sample the trained network with."""
-        ...
+        """The preconditioner to sample the trained network with; by default the one it is trained with."""
+        return self.precond
 
     def schedule(self, images: int) -> dict[str, float]:
         """What changes with the number of images seen in this phase; ``loss`` takes it back as 0-d fp32 tensors."""
-        ...
+        return {}
 
-    def loss(self, model: Model, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
+    def target_halflife(self, images: int) -> float | None:
+        """Half-life, in images, of the moving average that is the target network; None where there is none."""
+        return None
+
+    def generation(self, images: int) -> int:
+        """How many times the student has become the teacher before this many images."""
+        return 0
+
+    def loss(self, networks: Networks, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
         """The loss of each image of the batch."""
-        ...
+        raise NotImplementedError
 
 
 def noise_key(batch: TrainingBatch, seed: int) -> PhiloxKey:

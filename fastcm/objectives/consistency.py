@@ -1,26 +1,22 @@
-"""Consistency objectives: one core for every pair of points on a trajectory, and Easy Consistency Tuning (ECT) on it.
+"""The core that all consistency objectives share: a pair of points on one trajectory, and the loss of a pair.
 
 A method chooses the noise levels t > r, how x_r is found, which network is the target, the distance and the weight; the core
 evaluates student and target with one dropout mask and gives the loss.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcm import ops
-from fastcm.diffusion.consistency import MAPPINGS, WEIGHTS, consistency_weight, stage_decay, stage_of, t_to_r
-from fastcm.diffusion.noise_distributions import lognormal_sigma
-from fastcm.diffusion.preconditioners import EDM, EDMBoundary, Preconditioner, Scalings
-from fastcm.errors import ConfigError
+from fastcm.diffusion.preconditioners import Preconditioner, Scalings
 from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import Model
-from fastcm.objectives.base import LossTerms, TrainingBatch, dropout_key, noise_key
-from fastcm.random import Stream
+from fastcm.objectives.base import TrainingBatch
+from fastcm.objectives.distances import image_distance
 
 
 class Point(NamedTuple):
@@ -36,12 +32,12 @@ class Pair(NamedTuple):
     """Two points of one trajectory per image, at noise levels t and r < t.
 
     Where ``boundary_N``, r is 0 and the target is the clean image; the second point then holds a stand-in that the network
-    can take, and what it makes of it is not used.
+    can take, and what it makes of it is not used. None where r is never 0.
     """
 
     at_t: Point
     at_r: Point
-    boundary_N: Bool[Tensor, " N"]
+    boundary_N: Bool[Tensor, " N"] | None = None
 
 
 def noise_pair(
@@ -65,6 +61,49 @@ def noise_pair(
     return Pair(*points, boundary_N)
 
 
+def solver_pair(
+    images_NCHW: Float[Tensor, "N C H W"],
+    noise: PhiloxKey | Float[Tensor, "N C H W"],
+    t_N: Float[Tensor, " N"],
+    r_N: Float[Tensor, " N"],
+    precond: Preconditioner,
+    teacher: Model,
+    labels: Tensor | None,
+    *,
+    second_order: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
+    """The pair on a trajectory of the teacher: x_t = y + t n, and x_r one step of its probability flow ODE below.
+
+    d = (x_t - D(x_t; t)) / t, x_r = x_t + (r - t) d, by Heun's method with the mean of the slopes at both ends
+    (``second_order``) or by Euler's; arXiv 2303.01469, Eq. 6 and Algorithm 2. r > 0 everywhere. No gradient.
+    """
+    at_t, at_r = precond.scalings(t_N), precond.scalings(r_N)
+    noised = ops.add_noise(images_NCHW, noise, t_N, at_t.c_in, dtype=dtype)
+    with torch.no_grad():
+        x_r_NCHW = ode_step(teacher, noised.x_t, t_N, r_N, labels, second_order)
+        input_r_NCHW = (_per_image(at_r.c_in) * x_r_NCHW).to(dtype)
+    return Pair(Point(t_N, at_t, noised.x_t, noised.input_t), Point(r_N, at_r, x_r_NCHW, input_r_NCHW))
+
+
+def ode_step(
+    teacher: Model,
+    x_NCHW: Float[Tensor, "N C H W"],
+    t_N: Float[Tensor, " N"],
+    r_N: Float[Tensor, " N"],
+    labels: Tensor | None,
+    second_order: bool,
+) -> Float[Tensor, "N C H W"]:
+    """One step of Euler's or Heun's method from t to r on dx / dt = (x - D(x; t)) / t; arXiv 2206.00364, Eq. 1 and Alg. 1."""
+    step = _per_image(r_N - t_N)
+    slope = (x_NCHW - teacher(x_NCHW, t_N, labels)) / _per_image(t_N)
+    x_r_NCHW = x_NCHW + step * slope
+    if not second_order:
+        return x_r_NCHW
+    slope_r = (x_r_NCHW - teacher(x_r_NCHW, r_N, labels)) / _per_image(r_N)
+    return x_NCHW + step * (slope + slope_r) / 2
+
+
 def pair_loss(
     student: Model,
     target: Model,
@@ -75,17 +114,23 @@ def pair_loss(
     distance: str = "l2",
     c: float = 0.0,
     dropout: PhiloxKey | None = None,
+    perceptual: nn.Module | None = None,
 ) -> Float[Tensor, " N"]:
     """weight d(D_student(x_t; t), D_target(x_r; r)) per image, with the clean image as the target at the boundary.
 
-    The target has no gradient; student and target see the same dropout masks. arXiv 2406.14548; distances are those
-    of ``ops.consistency_loss``.
+    The target has no gradient; student and target see the same dropout masks. Distances are those of
+    ``ops.consistency_loss`` and of ``image_distance``. arXiv 2303.01469, Eq. 7; arXiv 2406.14548.
     """
     conditions = (batch.labels, batch.augment, dropout)
     at_t, at_r = pair.at_t, pair.at_r
     F_t = student.from_input(at_t.input_NCHW, at_t.scalings.c_noise, *conditions)
     with torch.no_grad():
         F_r = target.from_input(at_r.input_NCHW, at_r.scalings.c_noise, *conditions)
+    if distance not in DISTANCES:
+        D_r = denoised(at_r, F_r)
+        if pair.boundary_N is not None:
+            D_r = torch.where(_per_image(pair.boundary_N), batch.images, D_r)
+        return weight_N * image_distance(distance, denoised(at_t, F_t), D_r, perceptual)
     return ops.consistency_loss(
         F_t,
         at_t.x_NCHW,
@@ -103,72 +148,10 @@ def pair_loss(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ECT:
-    """Easy Consistency Tuning: the network itself, without gradient, is the target at r(t); arXiv 2406.14548.
+def denoised(point: Point, F_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
+    """D = c_skip x + c_out F in fp32; arXiv 2206.00364, Eq. 7."""
+    return _per_image(point.scalings.c_skip) * point.x_NCHW + _per_image(point.scalings.c_out) * F_NCHW.float()
 
-    ln t ~ N(p_mean, p_std^2), not clipped; r = t (1 - n(t) / q^(stage + 1)) or 0, n(t) = 1 + k sigmoid(-b t) for mapping
-    "sigmoid", 1 for "const"; stage = images seen // double_images, at most max_stage. distance "l2" is the norm over an
-    image's pixels, "squared" its square, "pseudo_huber" sqrt(norm^2 + c^2) - c. weight "inverse_gap" is 1 / (t - r),
-    "snr_plus_one" 1 / t^2 + 1 / sigma_data^2. Training uses EDM's scalings; sampling those with D(x; boundary_sigma) = x.
-    Raises ConfigError for a value that cannot work.
-    """
 
-    p_mean: float = -1.1
-    p_std: float = 2.0
-    sigma_data: float = 0.5
-    q: float = 2.0
-    double_images: int = 3_200_000
-    max_stage: int = 1000
-    mapping: Literal["sigmoid", "const"] = "sigmoid"
-    k: float = 8.0
-    b: float = 1.0
-    distance: Literal["l2", "squared", "pseudo_huber"] = "l2"
-    c: float = 0.0
-    weight: Literal["inverse_gap", "snr_plus_one"] = "inverse_gap"
-    boundary_sigma: float = 0.003
-    # The preconditioners to train and to sample with.
-    precond: Preconditioner = field(init=False, repr=False, compare=False)
-    sampling_precond: Preconditioner = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for name, known in (("mapping", MAPPINGS), ("distance", DISTANCES), ("weight", WEIGHTS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.q <= 1:
-            raise ConfigError(f"q: expected a number above 1, by which each stage divides the gap t - r, got {self.q}")
-        if self.double_images < 1 or self.max_stage < 0:
-            raise ConfigError(
-                f"double_images must be at least 1 and max_stage at least 0, got {self.double_images} and {self.max_stage}"
-            )
-        object.__setattr__(self, "precond", EDM(self.sigma_data))
-        object.__setattr__(self, "sampling_precond", EDMBoundary(self.sigma_data, self.boundary_sigma))
-
-    def schedule(self, images: int) -> dict[str, float]:
-        """{"decay": q^-(stage + 1)}, the gap (t - r) / t at large t after this many images of the phase."""
-        return {"decay": stage_decay(stage_of(images, self.double_images, self.max_stage), self.q)}
-
-    def loss(self, model: Model, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
-        """The loss of each image; t, noise and dropout masks from the streams "sigma", "noise" and "dropout"."""
-        t_N = lognormal_sigma(Stream(seed, "sigma").normal(batch.index), self.p_mean, self.p_std)
-        return self.loss_at(model, batch, t_N, noise_key(batch, seed), schedule["decay"], dropout_key(batch, seed))
-
-    def loss_at(
-        self,
-        model: Model,
-        batch: TrainingBatch,
-        t_N: Float[Tensor, " N"],
-        noise: PhiloxKey | Float[Tensor, "N C H W"],
-        decay: Float[Tensor, ""] | float,
-        dropout: PhiloxKey | None = None,
-    ) -> LossTerms:
-        """The loss of each image at given noise levels, with unit normal noise or the key to draw it.
-
-        ``logs["boundary"]`` is the share of images with r = 0.
-        """
-        r_N = t_to_r(t_N, decay, self.mapping, self.k, self.b)
-        weight_N = consistency_weight(t_N, r_N, self.weight, self.sigma_data)
-        pair = noise_pair(batch.images, noise, t_N, r_N, self.precond, model.dtype)
-        options = {"distance": self.distance, "c": self.c, "dropout": dropout}
-        loss_N = pair_loss(model, model, pair, batch, weight_N, **options)
-        return LossTerms(loss_N, t_N, {"boundary": pair.boundary_N.float().mean()})
+def _per_image(value_N: Tensor) -> Tensor:
+    return value_N.reshape(-1, 1, 1, 1)

@@ -12,15 +12,19 @@ from fastcm.diffusion.preconditioners import EDM, VE, VP, Preconditioner
 from fastcm.errors import ConfigError
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import Model
-from fastcm.objectives.base import LossTerms, TrainingBatch, dropout_key, noise_key
+from fastcm.objectives.base import LossTerms, Networks, Objective, TrainingBatch, dropout_key, noise_key
 from fastcm.random import Stream
 
 VARIANTS = ("edm", "vp", "ve")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMObjective:
+class EDMObjective(Objective):
     """Diffusion training: loss = lambda(sigma) ||D(y + sigma n; sigma) - y||^2; arXiv 2206.00364, Eq. 2 and Table 1.
+
+    With ``uncertainty``: lambda(sigma) / e^u ||D - y||^2 + u d, u = u(sigma) the network's learned log variance, d the number
+    of elements of an image; arXiv 2312.02696, Eq. 21. At its minimum e^u is the mean weighted error of an element at sigma,
+    so all noise levels weigh the same. ValueError in ``loss`` for a network that has no log variance.
 
     variant: "edm", "vp" or "ve" chooses noise distribution, lambda and preconditioner together. p_mean, p_std,
     sigma_data: constants of "edm". beta_d, beta_min, epsilon_t: of "vp". sigma_min, sigma_max: of "ve".
@@ -36,6 +40,7 @@ class EDMObjective:
     epsilon_t: float = 1e-5
     sigma_min: float = 0.02
     sigma_max: float = 100.0
+    uncertainty: bool = False
 
     # How noise levels are drawn and weighted, and the preconditioner to train with.
     noise: NoiseDistribution = field(init=False, repr=False, compare=False)
@@ -55,20 +60,11 @@ class EDMObjective:
         object.__setattr__(self, "noise", noise)
         object.__setattr__(self, "precond", precond)
 
-    @property
-    def sampling_precond(self) -> Preconditioner:
-        """The preconditioner to sample with: the same."""
-        return self.precond
-
-    def schedule(self, images: int) -> dict[str, float]:
-        """Nothing changes with the number of images seen."""
-        return {}
-
-    def loss(self, model: Model, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
+    def loss(self, networks: Networks, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
         """The loss of each image, noise level and noise drawn from the streams "sigma" and "noise"."""
         noise, stream = self.noise, Stream(seed, "sigma")
         draw_N = stream.normal(batch.index) if noise.draw == "normal" else stream.uniform(batch.index)
-        return self.loss_at(model, batch, noise.sigma(draw_N), noise_key(batch, seed), dropout_key(batch, seed))
+        return self.loss_at(networks.student, batch, noise.sigma(draw_N), noise_key(batch, seed), dropout_key(batch, seed))
 
     def loss_at(
         self,
@@ -82,11 +78,14 @@ class EDMObjective:
         scalings = self.precond.scalings(sigma_N)
         noised = ops.add_noise(batch.images, noise, sigma_N, scalings.c_in, dtype=model.dtype)
         F_NCHW = model.from_input(noised.input_t, scalings.c_noise, batch.labels, batch.augment, dropout)
-        weight_N = self.noise.weight(sigma_N)
+        weight_N, penalty_N = self.noise.weight(sigma_N), 0.0
+        if self.uncertainty:
+            u_N = model.net.log_variance(scalings.c_noise)
+            weight_N, penalty_N = weight_N * (-u_N).exp(), u_N * batch.images[0].numel()
         loss_N = ops.consistency_loss(
             F_NCHW, noised.x_t, scalings.c_skip, scalings.c_out, batch.images, weight_N, distance="squared"
         )
-        return LossTerms(loss_N, sigma_N, {})
+        return LossTerms(loss_N + penalty_N, sigma_N, {})
 
 
 def weighted_error(

@@ -2,7 +2,8 @@
 
 from fastcm.sampling.ablation import Ablation, sample_ablation
 from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
-from fastcm.sampling.edm import sample_heun
+from fastcm.sampling.edm import sample_euler, sample_heun
 from fastcm.sampling.generate import sample
+from fastcm.sampling.guidance import Guided
 
-__all__ = ["Ablation", "consistency_sigmas", "sample", "sample_ablation", "sample_consistency", "sample_heun"]
+__all__ = ["Ablation", "Guided", "consistency_sigmas", "sample", "sample_ablation", "sample_consistency", "sample_euler", "sample_heun"]

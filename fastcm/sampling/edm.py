@@ -1,6 +1,7 @@
 """EDM's samplers: Heun's method, deterministic or with churn (arXiv 2206.00364, Algorithms 1 and 2)."""
 
 import math
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Float64
@@ -51,6 +52,30 @@ def sample_heun(
             slope_next = (x_next - denoise(model, x_next, sigma_next, labels)) / sigma_next
             x_next = x + (sigma_next - sigma_hat) * (slope + slope_next) / 2
         x = x_next
+    return x
+
+
+@torch.no_grad()
+def sample_euler(
+    model: Denoiser,
+    x: Float[Tensor, "N C H W"],
+    sigmas: Float[Tensor, " S1"],
+    *,
+    labels: Tensor | None = None,
+    noise: NoiseSource | None = None,
+    callback: Callback | None = None,
+) -> Float64[Tensor, "N C H W"]:
+    """Walk down the noise levels by Euler's method, one network evaluation a level: DDIM in the variables of EDM.
+
+    x <- x + (sigma_(i+1) - sigma_i) (x - D(x; sigma_i)) / sigma_i; arXiv 2206.00364, Algorithm 1 without lines 6 to 8.
+    Arguments as in ``sample_heun``; ``noise`` is not used. Raises ConfigError for a grid without a step.
+    """
+    x, sigmas = start(x, sigmas, noise, needs_noise=False)
+    sigmas = round_sigmas(model, sigmas)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        denoised = denoise(model, x, sigma, labels)
+        report(callback, i, x, sigma, sigma, denoised)
+        x = x + (sigma_next - sigma) * (x - denoised) / sigma
     return x
 
 

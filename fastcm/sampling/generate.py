@@ -1,6 +1,7 @@
 """Images from a model, a seed and a number of steps: the same images in batches of any size."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,10 +14,14 @@ from fastcm.model import Model
 from fastcm.random import Stream
 from fastcm.sampling.common import NoiseSource, clip_range, round_sigmas
 from fastcm.sampling.consistency import TWO_STEP_SIGMA, consistency_sigmas, sample_consistency
-from fastcm.sampling.edm import sample_heun
+from fastcm.sampling.edm import sample_euler, sample_heun
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": sample_heun, "consistency": sample_consistency}
-DEFAULT_STEPS = {"heun": 18, "consistency": 2}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "heun": sample_heun,
+    "euler": sample_euler,
+    "consistency": sample_consistency,
+}
+DEFAULT_STEPS = {"heun": 18, "euler": 18, "consistency": 2}
 
 
 def sample(
@@ -27,7 +32,7 @@ def sample(
     *,
     labels: int | Int64[Tensor, " num"] | Float[Tensor, "num L"] | None = None,
     batch_size: int = 256,
-    sampler: Literal["heun", "consistency"] | None = None,
+    sampler: Literal["heun", "euler", "consistency"] | None = None,
     mid_sigmas: Sequence[float] | None = None,
     index_offset: int = 0,
     sigma_min: float = 0.002,
@@ -38,7 +43,7 @@ def sample(
 
     Image j has the global index index_offset + j; its latent, step noise and random label depend on that, on the seed
     and on nothing else. sampler: the model's own (``model.sampling``) unless given. steps: noise levels above 0; "heun"
-    makes 2 steps - 1 network evaluations, "consistency" steps; by default 18 and 2.
+    makes 2 steps - 1 network evaluations, the others steps; by default 18, and 2 for "consistency".
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
     class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own or those
     that lead to its last, see ``consistency_sigmas``. sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364,
@@ -61,6 +66,8 @@ def sample(
     indices = index.split(batch_size)
     per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
     run = SAMPLERS[sampler]
+    if sampler == "consistency":
+        run = partial(run, sigma_min=model.sampling.renoise_sigma_min)
     return torch.cat([_sample(model, run, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
 
 

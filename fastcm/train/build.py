@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from fastcm import backends, ops
-from fastcm.config import ComputeConfig, DataConfig, ECTObjectiveConfig, EDMObjectiveConfig
+from fastcm.config import (
+    ComputeConfig,
+    DataConfig,
+    DiscreteObjectiveConfig,
+    EDMObjectiveConfig,
+    ObjectiveConfig,
+    PDObjectiveConfig,
+)
 from fastcm.data.dataset import ResidentDataset, load_resident
 from fastcm.data.sources import open_source
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
@@ -74,15 +81,23 @@ def open_dataset(config: DataConfig, device: torch.device) -> ResidentDataset:
     return load_resident(source, device=device)
 
 
-def build_objective(config: EDMObjectiveConfig | ECTObjectiveConfig) -> Objective:
+def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a phase's section describes."""
     return OBJECTIVES[config.kind](**config.model_dump(exclude={"kind", "mid_sigmas"}))
 
 
-def sampling_form(config: EDMObjectiveConfig | ECTObjectiveConfig) -> tuple[dict[str, Any], SamplingDefaults]:
+def sampling_form(config: ObjectiveConfig) -> tuple[dict[str, Any], SamplingDefaults]:
     """Preconditioner (as a bundle stores it) and default sampler of the model that a phase trains."""
     precond = build_objective(config).sampling_precond
     kind = next(name for name, form in PRECONDITIONERS.items() if form is type(precond))
-    mid_sigmas = config.mid_sigmas if isinstance(config, ECTObjectiveConfig) else None
-    sampling = SamplingDefaults("heun") if mid_sigmas is None else SamplingDefaults("consistency", mid_sigmas)
-    return {"kind": kind, **asdict(precond)}, sampling
+    return {"kind": kind, **asdict(precond)}, _sampling_defaults(config)
+
+
+def _sampling_defaults(config: ObjectiveConfig) -> SamplingDefaults:
+    if isinstance(config, PDObjectiveConfig):
+        return SamplingDefaults("euler")
+    if isinstance(config, EDMObjectiveConfig):
+        return SamplingDefaults("heun")
+    # Discrete consistency models return to a noise level from sigma_min, where their output lies, others from 0.
+    floor = config.sigma_min if isinstance(config, DiscreteObjectiveConfig) else 0.0
+    return SamplingDefaults("consistency", config.mid_sigmas, floor)

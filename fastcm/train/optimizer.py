@@ -88,6 +88,12 @@ class Optimizer:
         return result
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all gradients seen: moments and step count as at the beginning."""
+        for state in (self.exp_avg_P, self.exp_avg_sq_P, self.num_steps):
+            state.zero_()
+
+    @torch.no_grad()
     def refresh_copies(self) -> None:
         """Write ``copies`` anew, for parameters that something other than ``step`` has changed."""
         for copy, p in zip(self.copies.values(), self.params, strict=bool(self.copies)):

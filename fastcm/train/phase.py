@@ -10,11 +10,13 @@ from fastcm.config import Config
 from fastcm.data.augment import AugmentPipe
 from fastcm.data.dataset import ResidentDataset
 from fastcm.data.loader import Loader
-from fastcm.io.bundle import BundleHeader, model_from_header, read_bundle, save_bundle
+from fastcm.io.bundle import BundleHeader, model_from_header, save_bundle
 from fastcm.io.tensors import copy_into
 from fastcm.model import Model
 from fastcm.nn.build import build_network
+from fastcm.objectives import Networks
 from fastcm.train.build import build_objective, sampling_form
+from fastcm.train.networks import bundle_weights, copy_weights, target_model, teacher_model, teacher_source
 from fastcm.train.optimizer import Optimizer, WeightAverage
 from fastcm.train.schedules import ema_beta, learning_rate
 from fastcm.train.step import GradientStep
@@ -26,8 +28,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Phase:
     """State and step of one phase.
 
-    ``images`` counts the images seen in this phase; ``first_image`` is the global sample index of its first one, so that
-    no two phases draw the same noise. Weights are uninitialised until ``start`` or ``load_tensors``.
+    ``networks`` are the student (``model``), and the target and teacher where the objective needs them. ``images`` counts the
+    images seen in this phase; ``first_image`` is the global sample index of its first one, so that no two phases draw the same
+    noise. Weights are uninitialised until ``start`` or ``load_tensors``.
     """
 
     def __init__(self, config: Config, name: str, data: ResidentDataset, device: torch.device, first_image: int) -> None:
@@ -38,25 +41,44 @@ class Phase:
         self.objective = build_objective(self.settings.objective)
         self.model = self._build_model(data)
         parameters = dict(self.model.net.named_parameters())
-        opt = self.settings.optimizer
         self.averages = {ema: WeightAverage(parameters) for ema in self.settings.emas}
-        self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps, averages=list(self.averages.values()))
+        self.target_average = None if self.objective.target_halflife(0) is None else WeightAverage(parameters)
+        self.networks = Networks(self.model, self._build_target(), self._build_teacher(data))
+        opt = self.settings.optimizer
+        self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps, averages=self._all_averages())
         augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
         self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
         self.gradient = GradientStep(
-            self.model, self.objective, config.seed, self.settings.microbatch_size, compile_step(config, device)
+            self.networks, self.objective, config.seed, self.settings.microbatch_size, compile_step(config, device)
         )
         self.meter = LossMeter(device)
 
     def _build_model(self, data: ResidentDataset) -> Model:
         header, settings = self.header, self.settings
-        net = build_network(self.config.network, data.image_shape, header.label_dim, header.augment_dim, settings.dropout)
-        dtype = DTYPES[self.config.compute.dtype]
-        return (
-            Model(net, self.objective.precond, data.image_shape, label_dim=header.label_dim, dtype=dtype)
-            .to(self.device)
-            .train()
-        )
+        dropout = {"dropout": settings.dropout, "dropout_max_resolution": settings.dropout_max_resolution}
+        net = build_network(self.config.network, data.image_shape, header.label_dim, header.augment_dim, **dropout)
+        model = Model(net, self.objective.precond, data.image_shape, label_dim=header.label_dim, dtype=self.dtype)
+        return model.to(self.device).train()
+
+    def _build_target(self) -> Model | None:
+        return None if self.target_average is None else target_model(self.model, self.target_average)
+
+    def _build_teacher(self, data: ResidentDataset) -> Model | None:
+        if not self.objective.needs_teacher:
+            return None
+        names = list(self.config.phases)
+        number = names.index(self.name)
+        before = phase_header(self.config, names[number - 1], data) if number else None
+        return teacher_model(self.settings, before, self.dtype, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the torsos of the networks compute in."""
+        return DTYPES[self.config.compute.dtype]
+
+    def _all_averages(self) -> list[WeightAverage]:
+        """The averages that follow the weights in the pass of the optimizer, the target network's last."""
+        return [*self.averages.values(), *([] if self.target_average is None else [self.target_average])]
 
     @property
     def finished(self) -> bool:
@@ -68,35 +90,43 @@ class Phase:
         if self.settings.init == "fresh" or (self.settings.init == "previous" and previous is None):
             self.model.net.init_weights(self.config.seed)
         elif self.settings.init == "previous":
-            copy_into(self.model.net.state_dict(), previous, "", Path("previous phase"))
+            copy_weights(self.model.net, previous, Path("previous phase"))
         else:
-            self._start_from_bundle(Path(self.settings.init))
+            copy_weights(self.model.net, bundle_weights(Path(self.settings.init)), Path(self.settings.init))
+        if self.networks.teacher is not None and teacher_source(self.settings) == "previous":
+            copy_weights(self.networks.teacher.net, previous, Path("previous phase"))
+        self.model.net.constrain_weights(self._scalar(1.0))
         self._reset_averages()
 
-    def _start_from_bundle(self, path: Path) -> None:
-        tensors, header = read_bundle(path)
-        weights = {name: value for name, value in tensors.items() if name.startswith("net/")}
-        averaged = f"ema/{header.emas[0]}/"
-        weights |= {f"net/{name.removeprefix(averaged)}": value for name, value in tensors.items() if name.startswith(averaged)}
-        if header.augment_dim and not self.header.augment_dim:
-            # An absent augmentation label contributes nothing, so a network tuned without the pipe needs no such input.
-            weights.pop("net/map_augment.weight")
-        copy_into(self.model.net.state_dict(), weights, "net/", path)
-
     def _reset_averages(self) -> None:
-        for average in self.averages.values():
+        for average in self._all_averages():
             copy_into(average.averages, dict(self.model.net.named_parameters()), "", Path(self.name))
+
+    def _promote_student(self) -> None:
+        """Make the student the teacher, and begin anew from there: moments zero, averages at the weights."""
+        copy_into(self.networks.teacher.net.state_dict(), self.model.net.state_dict(), "", Path(self.name))
+        self.optimizer.reset()
+        self._reset_averages()
 
     def step(self) -> None:
         """Gradient of one batch, optimizer step, weight averages, meter; nothing waits for the device."""
+        size = self.settings.batch_size
+        if self.objective.generation(self.images) != self.objective.generation(max(self.images - size, 0)):
+            self._promote_student()
         batch = self.loader.batch(self.first_image + self.images)
         schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
         loss_N, sigma_N = self.gradient(batch, schedule)
-        emas, size = self.settings.emas.values(), self.settings.batch_size
-        ema_betas = torch.stack([self._scalar(ema_beta(ema, self.images, size)) for ema in emas])
-        finite, norm = self.optimizer.step(self._scalar(self.learning_rate), ema_betas)
+        finite, norm = self.optimizer.step(self._scalar(self.learning_rate), self._ema_betas())
+        self.model.net.constrain_weights(finite)
         self.meter.add(loss_N, sigma_N, norm, finite)
-        self.images += self.settings.batch_size
+        self.images += size
+
+    def _ema_betas(self) -> Tensor:
+        """The decay of each average in the next step."""
+        size = self.settings.batch_size
+        betas = [ema_beta(ema, self.images, size) for ema in self.settings.emas.values()]
+        halflife = self.objective.target_halflife(self.images)
+        return torch.stack([self._scalar(beta) for beta in betas + ([] if halflife is None else [0.5 ** (size / halflife)])])
 
     def _scalar(self, value: float) -> Tensor:
         # Unlike torch.tensor, which copies from the host, this does not wait for the device.
@@ -113,7 +143,7 @@ class Phase:
 
     def sampling_model(self) -> Model:
         """A model in evaluation form with the averaged weights."""
-        model = model_from_header(self.header, dtype=DTYPES[self.config.compute.dtype], origin=Path(self.name)).to(self.device)
+        model = model_from_header(self.header, dtype=self.dtype, origin=Path(self.name)).to(self.device)
         copy_into(model.net.state_dict(), self.averaged_weights(), "", Path(self.name))
         return model.eval().requires_grad_(False)
 
@@ -122,6 +152,10 @@ class Phase:
         state = {f"net/{name}": value for name, value in self.model.net.state_dict().items()}
         for ema, average in self.averages.items():
             state |= {f"ema/{ema}/{name}": value for name, value in average.averages.items()}
+        if self.target_average is not None:
+            state |= {f"target/{name}": value for name, value in self.target_average.averages.items()}
+        if self.networks.teacher is not None:
+            state |= {f"teacher/{name}": value for name, value in self.networks.teacher.net.state_dict().items()}
         return (
             state
             | {f"optimizer/{name}": value for name, value in self.optimizer.state_dict().items()}

@@ -1,14 +1,18 @@
 """What can be known before the first step: every phase's network is possible and finds the weights it starts from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastcm.config import Config
+from fastcm.config import Config, PhaseConfig
 from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.bundle import BundleHeader, model_from_header, read_bundle
+from fastcm.objectives import ProgressiveDistillation
+from fastcm.train.build import build_objective
+from fastcm.train.networks import teacher_source
 from fastcm.train.phase import phase_header
 
 
@@ -20,34 +24,70 @@ def check_phases(config: Config, data: ResidentDataset, first: str) -> None:
     """
     names = list(config.phases)
     for number, name in enumerate(names):
-        header, init = phase_header(config, name, data), config.phases[name].init
+        header, settings = phase_header(config, name, data), config.phases[name]
         with torch.device("meta"):
             model_from_header(header, origin=Path(name))
-        if number < names.index(first) or init == "fresh" or (init == "previous" and number == 0):
-            continue
-        if init == "previous":
-            before = phase_header(config, names[number - 1], data)
-            if _noise_input(before) != _noise_input(header):
-                raise ConfigError(
-                    f"phases.{name}: its network sees noise levels as {_noise_input(header)}, the one of {names[number - 1]} "
-                    f"as {_noise_input(before)}; use equal variants and sigma_data, or init: fresh"
-                )
-        else:
-            _check_bundle(Path(init), header)
+        before = phase_header(config, names[number - 1], data) if number else None
+        if number >= names.index(first):
+            _check_start(name, settings, header, before)
+        _check_teacher(name, settings, header, before)
+
+
+def _check_start(name: str, settings: PhaseConfig, header: BundleHeader, before: BundleHeader | None) -> None:
+    if settings.init == "fresh" or (settings.init == "previous" and before is None):
+        return
+    if settings.init != "previous":
+        _check_bundle(Path(settings.init), header)
+    elif _noise_input(before) != _noise_input(header):
+        raise ConfigError(
+            f"phases.{name}: its network sees noise levels as {_noise_input(header)}, the one of the phase before "
+            f"as {_noise_input(before)}; use equal variants and sigma_data, or init: fresh"
+        )
+
+
+def _check_teacher(name: str, settings: PhaseConfig, header: BundleHeader, before: BundleHeader | None) -> None:
+    """The teacher is there, makes the same images of the same classes, and is like the student where that replaces it."""
+    objective, source = build_objective(settings.objective), teacher_source(settings)
+    if not objective.needs_teacher:
+        if settings.teacher:
+            raise ConfigError(f"phases.{name}.teacher is '{settings.teacher}', but the objective has no use for a teacher")
+        return
+    if source == "fresh" or (source == "previous" and before is None):
+        raise ConfigError(
+            f"phases.{name}: its objective distils a teacher, and there is none; set its teacher or init to a bundle, "
+            "or put a phase that trains one before it"
+        )
+    found = before if source == "previous" else read_bundle(Path(source))[1]
+    pairs = {"image_shape": (found.image_shape, header.image_shape), "label_dim": (found.label_dim, header.label_dim)}
+    if isinstance(objective, ProgressiveDistillation):
+        pairs |= _architecture(found, header)
+    _require_equal(f"the teacher of phases.{name} ({source})", pairs)
 
 
 def _check_bundle(path: Path, needed: BundleHeader) -> None:
     _, found = read_bundle(path)
-    pairs = {f"network.{key}": (found.network.get(key), value) for key, value in needed.network.items()}
+    pairs = _architecture(found, needed)
     pairs |= {
         "image_shape": (found.image_shape, needed.image_shape),
         "label_dim": (found.label_dim, needed.label_dim),
         "augment_dim": (found.augment_dim if needed.augment_dim else 0, needed.augment_dim),
         "preconditioner": (_noise_input(found), _noise_input(needed)),
     }
+    _require_equal(str(path), pairs)
+
+
+def _architecture(found: BundleHeader, needed: BundleHeader) -> dict[str, tuple[Any, Any]]:
+    """What each network has for every key of its configuration; a log variance that is not needed may be given up."""
+    pairs = {f"network.{key}": (found.network.get(key), value) for key, value in needed.network.items()}
+    if not needed.network.get("logvar_channels"):
+        pairs.pop("network.logvar_channels", None)
+    return pairs
+
+
+def _require_equal(what: str, pairs: Mapping[str, tuple[Any, Any]]) -> None:
     misfits = [f"{key} is {has}, this run needs {needs}" for key, (has, needs) in pairs.items() if has != needs]
     if misfits:
-        raise CheckpointError(f"{path}: {'; '.join(misfits)}; the file belongs to another architecture")
+        raise CheckpointError(f"{what}: {'; '.join(misfits)}; the file belongs to another architecture")
 
 
 def _noise_input(header: BundleHeader) -> dict[str, Any]:

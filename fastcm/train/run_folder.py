@@ -1,6 +1,7 @@
 """The folder of one run: what is in it, whose it is, and whether a configuration may continue it."""
 
 import fcntl
+import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -35,8 +36,9 @@ class RunFolder(RunFiles):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CheckpointError(f"{self.path}: another process is training into this folder") from None
-            for leftover in (*self.path.glob(TEMPORARY), *self.samples.glob(TEMPORARY)):
-                leftover.unlink()
+            for folder in (self.path, self.samples, *self.ema_snapshots.glob("*")):
+                for leftover in folder.glob(TEMPORARY):
+                    leftover.unlink()
             yield
 
     def claim(self, config: Config, identity: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -49,6 +51,17 @@ class RunFolder(RunFiles):
             "versions": {"fastcm": fastcm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
         atomic_write(self.run, json.dumps(facts, indent=1))
+
+    def read_identity(self) -> dict[str, Any]:
+        """The identity of the run as run.json tells it; raises CheckpointError where there is none to read."""
+        try:
+            identity = json.loads(self.run.read_bytes())["identity"]
+            if not isinstance(identity["phases"], dict):
+                raise TypeError("no phases")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            advice = "give the folder of a run; the run's 'fastcm train' command writes the file anew"
+            raise CheckpointError(f"{self.run}: cannot be read ({error}); {advice}") from None
+        return identity
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a line torn by a kill, or that is not ours, is left out."""
@@ -88,6 +101,11 @@ def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
         "network": config.network.model_dump(mode="json"),
         "phases": phases,
     }
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that change with any value of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identity_changes(saved: Any, now: Any, path: str = "") -> list[str]:

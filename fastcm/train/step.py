@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcm.data.batch import Batch
-from fastcm.model import Model
-from fastcm.objectives.base import Objective
+from fastcm.objectives.base import Networks, Objective
 
 
 class GradientStep:
@@ -16,12 +15,12 @@ class GradientStep:
     Noise, noise levels and dropout masks are keyed by the global sample index, so the split changes rounding only.
     """
 
-    def __init__(self, model: Model, objective: Objective, seed: int, microbatch_size: int, compiled: bool) -> None:
-        self.model, self.objective, self.seed, self.microbatch_size = model, objective, seed, microbatch_size
+    def __init__(self, networks: Networks, objective: Objective, seed: int, microbatch_size: int, compiled: bool) -> None:
+        self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
         self._loss = torch.compile(self._plain_loss, fullgraph=True, dynamic=False) if compiled else self._plain_loss
 
     def _plain_loss(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        terms = self.objective.loss(self.model, batch, self.seed, schedule)
+        terms = self.objective.loss(self.networks, batch, self.seed, schedule)
         return terms.loss_N, terms.sigma_N
 
     def __call__(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from fastcm.io.images import save_grid
 from fastcm.sampling.generate import sample
 from fastcm.train.build import compute_settings, open_dataset, select_device
 from fastcm.train.checkpoint import load_newest, save_checkpoint
+from fastcm.train.ema_snapshots import SnapshotWriter, drop_later_snapshots
 from fastcm.train.phase import Phase
 from fastcm.train.preflight import check_phases
 from fastcm.train.report import write_report
@@ -92,8 +93,12 @@ class Trainer:
         """Train the phases that are not finished yet."""
         self.run_folder.rewind_metrics(saved.first_image + saved.images if saved else 0)
         names = list(self.config.phases)
+        names = names[names.index(saved.phase) if saved else 0 :]
+        for name in names:
+            seen = saved.images if saved and name == saved.phase else 0
+            drop_later_snapshots(self.run_folder.ema_snapshots / name, seen)
         weights, first_image = None, 0
-        for name in names[names.index(saved.phase) if saved else 0 :]:
+        for name in names:
             phase = Phase(self.config, name, self.data, self.device, saved.first_image if saved else first_image)
             if saved:
                 phase.load_tensors(saved.tensors, saved.images, self.run_folder.checkpoints)
@@ -107,10 +112,12 @@ class Trainer:
         """Train one phase to its end, with a snapshot at every interval and at the end."""
         every = self.config.telemetry
         telemetry = Telemetry(self.run_folder, phase.name, phase.images, phase.settings.duration_images)
+        ema_snapshots = SnapshotWriter(self.run_folder.ema_snapshots / phase.name, phase, self.identity)
         while not phase.finished:
             before = phase.images
             phase.step()
             telemetry.advance(phase.images - before)
+            ema_snapshots.advance(before)
             if phase.finished or _passes(before, phase.images, every.log_images):
                 values = self._values(phase)
                 telemetry.write(phase.first_image + phase.images, phase.images, values)

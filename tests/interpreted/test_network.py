@@ -10,7 +10,7 @@ from fastcm import ops
 from fastcm.diffusion.preconditioners import EDM
 from fastcm.model import Model
 from fastcm.nn.unet import UNet
-from fastcm.objectives import ECT, EDMObjective
+from fastcm.objectives import ECT, EDMObjective, Networks
 from fastcm.random import Stream
 
 SHAPE = (3, 8, 8)
@@ -38,7 +38,7 @@ def step(family, objective, backend):
     if isinstance(objective, ECT):
         schedule = {"decay": torch.tensor(0.5)}
     with ops.use_backend(backend, strict=backend == "triton"):
-        loss = objective.loss(model, batch(), 0, schedule).loss_N
+        loss = objective.loss(Networks(model), batch(), 0, schedule).loss_N
         loss.mean().backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 

@@ -12,7 +12,7 @@ from source_tree import ROOT, Source, source_of, sources
 # From the bottom to the top. A part may import what stands on a lower line, and itself.
 LEVELS = (
     ("kernels",),
-    ("random", "errors"),
+    ("random", "errors", "passive_pickle"),
     ("backends",),
     ("ops",),
     ("config", "configs"),
@@ -20,7 +20,7 @@ LEVELS = (
     ("nn",),
     ("model",),
     ("objectives", "sampling", "data", "io"),
-    ("train", "evaluate"),
+    ("train", "evaluate", "integrations"),
     ("info", "bench"),
     ("cli",),
     ("__main__",),

@@ -1,0 +1,43 @@
+"""Typed configuration: frozen sections, strict YAML, one optional ``base:``, dotted overrides, a stable hash.
+
+Every duration, interval and half-life counts images, so a change of batch size changes no schedule.
+"""
+
+from fastcm.config.files import load_config, parse_config, shipped_configs
+from fastcm.config.network import EDM2Config, FamilyOverrides, NetworkConfig, UNetConfig
+from fastcm.config.objective import (
+    CDObjectiveConfig,
+    CTObjectiveConfig,
+    DiscreteObjectiveConfig,
+    ECTObjectiveConfig,
+    EDMObjectiveConfig,
+    ICTObjectiveConfig,
+    ObjectiveConfig,
+    PDObjectiveConfig,
+)
+from fastcm.config.run import ComputeConfig, Config, DataConfig, EMAConfig, OptimizerConfig, PhaseConfig, TelemetryConfig
+
+__all__ = [
+    "CDObjectiveConfig",
+    "CTObjectiveConfig",
+    "ComputeConfig",
+    "Config",
+    "DataConfig",
+    "DiscreteObjectiveConfig",
+    "ECTObjectiveConfig",
+    "EDM2Config",
+    "EDMObjectiveConfig",
+    "EMAConfig",
+    "FamilyOverrides",
+    "ICTObjectiveConfig",
+    "NetworkConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PDObjectiveConfig",
+    "PhaseConfig",
+    "TelemetryConfig",
+    "UNetConfig",
+    "load_config",
+    "parse_config",
+    "shipped_configs",
+]

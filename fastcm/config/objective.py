@@ -1,0 +1,114 @@
+"""The objective section of a phase, one form for each kind."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fastcm.config.section import Positive, Section
+
+Weight = Literal["uniform", "inverse_gap", "edm", "snr", "snr_plus_one", "truncated_snr"]
+MidSigmas = tuple[Annotated[float, Field(gt=0)], ...]  # noise levels that sampling returns to between its steps
+
+
+class EDMObjectiveConfig(Section):
+    """Denoising score matching: EDM, VP or VE noise distribution and weight (arXiv 2206.00364, Table 1)."""
+
+    kind: Literal["edm"]
+    variant: Literal["edm", "vp", "ve"] = "edm"
+    p_mean: float = -1.2
+    p_std: Annotated[float, Field(gt=0)] = 1.2
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    uncertainty: bool = False  # divide by the learned variance of each noise level (family edm2 with logvar_channels only)
+
+
+class ECTObjectiveConfig(Section):
+    """Easy Consistency Tuning (arXiv 2406.14548)."""
+
+    kind: Literal["ect"]
+    p_mean: float = -1.1
+    p_std: Annotated[float, Field(gt=0)] = 2.0
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    q: Annotated[float, Field(gt=1)] = 2.0  # r/t = 1 - adj(t) / q^(stage+1)
+    double_images: Positive = 3_200_000  # images per stage
+    max_stage: Annotated[int, Field(ge=0)] = 1000
+    mapping: Literal["sigmoid", "const"] = "sigmoid"
+    k: float = 8.0
+    b: float = 1.0
+    distance: Literal["l2", "squared", "pseudo_huber"] = "l2"
+    c: Annotated[float, Field(ge=0)] = 0.0  # pseudo-Huber constant
+    weight: Weight = "inverse_gap"  # "edm" is 1/t^2 + 1/sigma_data^2
+    boundary_sigma: Annotated[float, Field(gt=0)] = 0.003  # sampling: D(x, boundary_sigma) = x
+    mid_sigmas: MidSigmas = (0.821,)
+
+
+class DiscreteObjectiveConfig(Section):
+    """What CD, CT (arXiv 2303.01469) and iCT (arXiv 2310.14189) have in common: pairs of neighbours on Karras' grid."""
+
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # the network is the identity there
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    rho: Annotated[float, Field(gt=0)] = 7.0
+    scales: Literal["fixed", "progressive", "doubling"] = "fixed"  # how many levels the grid has
+    start_scales: Positive = 2
+    end_scales: Positive = 18
+    scales_images: Positive = 1  # images after which a grid that becomes finer has end_scales
+    indices: Literal["uniform", "lognormal"] = "uniform"
+    p_mean: float = -1.1
+    p_std: Annotated[float, Field(gt=0)] = 2.0
+    target: Literal["student", "fixed", "adaptive"] = "fixed"  # adaptive: half-life grows with the number of levels
+    target_halflife_images: Annotated[float, Field(gt=0)] = 1.0
+    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips"] = "squared"
+    c: Annotated[float, Field(ge=0)] = 0.0  # pseudo-Huber constant
+    weight: Weight = "uniform"
+    mid_sigmas: MidSigmas = ()
+
+
+class CDObjectiveConfig(DiscreteObjectiveConfig):
+    """Consistency distillation from a diffusion model (arXiv 2303.01469, Algorithm 2)."""
+
+    kind: Literal["cd"]
+    solver: Literal["euler", "heun"] = "heun"
+
+
+class CTObjectiveConfig(DiscreteObjectiveConfig):
+    """Consistency training (arXiv 2303.01469, Algorithm 3)."""
+
+    kind: Literal["ct"]
+    scales: Literal["fixed", "progressive", "doubling"] = "progressive"
+    end_scales: Positive = 150
+    target: Literal["student", "fixed", "adaptive"] = "adaptive"
+
+
+class ICTObjectiveConfig(DiscreteObjectiveConfig):
+    """Improved consistency training (arXiv 2310.14189, Table 1)."""
+
+    kind: Literal["ict"]
+    scales: Literal["fixed", "progressive", "doubling"] = "doubling"
+    start_scales: Positive = 10
+    end_scales: Positive = 1280
+    indices: Literal["uniform", "lognormal"] = "lognormal"
+    target: Literal["student", "fixed", "adaptive"] = "student"
+    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips"] = "pseudo_huber"
+    c: Annotated[float, Field(ge=0)] = 0.03
+    weight: Weight = "inverse_gap"
+    mid_sigmas: MidSigmas = (0.821,)
+
+
+class PDObjectiveConfig(Section):
+    """Progressive distillation (arXiv 2202.00512): every stage halves the number of steps."""
+
+    kind: Literal["pd"]
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    rho: Annotated[float, Field(gt=0)] = 7.0
+    start_steps: Positive = 64
+    end_steps: Positive = 1
+    stage_images: Positive = 25_600_000
+    weight: Weight = "truncated_snr"
+
+
+ObjectiveConfig = Annotated[
+    EDMObjectiveConfig | ECTObjectiveConfig | CDObjectiveConfig | CTObjectiveConfig | ICTObjectiveConfig | PDObjectiveConfig,
+    Field(discriminator="kind"),
+]

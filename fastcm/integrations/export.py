@@ -1,0 +1,28 @@
+"""What ``fastcm export`` does: one set of weights of a bundle, in any of the layouts that can be written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastcm.errors import ConfigError
+from fastcm.integrations.diffusers import export_diffusers
+from fastcm.integrations.hub_layout import export_hub, model_of_bundle
+from fastcm.io.bundle import resolve_bundle, save_bundle
+
+# By format: (bundle or run folder, destination, weight average) -> what else to tell the user.
+FORMATS: dict[str, Callable[[Path, Path, str], str]] = {
+    "hf": lambda path, folder, ema: export_hub(path, folder, ema=ema) or "load it with fastcm.integrations.HubModel",
+    "diffusers": lambda path, folder, ema: f"timesteps of the pipeline: {export_diffusers(path, folder, ema=ema)}",
+    "safetensors": lambda path, file, ema: export_bundle(path, file, ema=ema) or "load it with fastcm.load",
+}
+
+
+def export_bundle(path: str | Path, file: str | Path, *, ema: str = "") -> None:
+    """Write a bundle with one set of weights, chosen by ``ema`` as in ``load``: what sampling needs and no more.
+
+    Raises ConfigError where ``file`` is the bundle itself, CheckpointError for one that is damaged or lacks these weights.
+    """
+    file = Path(file)
+    if file.resolve() == resolve_bundle(Path(path)).resolve():
+        raise ConfigError(f"{file}: this is the bundle to be exported itself; choose another destination")
+    model, header = model_of_bundle(path, ema)
+    save_bundle(file, header, model.net.state_dict(), {})

@@ -1,0 +1,34 @@
+"""Distances of two images that look at more than the sum of squares, which ``ops.consistency_loss`` takes care of."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastcm.kernels.consistency_loss import DISTANCES
+
+IMAGE_DISTANCES = ("l1", "squared_32", "lpips")
+ALL_DISTANCES = (*DISTANCES, *IMAGE_DISTANCES)
+
+
+def image_distance(
+    distance: str,
+    x_NCHW: Float[Tensor, "N C H W"],
+    y_NCHW: Float[Tensor, "N C H W"],
+    perceptual: nn.Module | None = None,
+) -> Float[Tensor, " N"]:
+    """The distance of each image to its target.
+
+    "l1" sum |x - y| over pixels; "squared_32" sum of squares after bilinear resizing to 32x32; "lpips" the ``perceptual``
+    distance (arXiv 1801.03924) of images in [-1, 1]. arXiv 2303.01469, section 6.1.
+    Raises ValueError for an unknown distance or a missing feature network.
+    """
+    if distance == "l1":
+        return (x_NCHW - y_NCHW).abs().flatten(1).sum(1)
+    if distance == "squared_32":
+        x_NCHW, y_NCHW = (F.interpolate(image, size=32, mode="bilinear") for image in (x_NCHW, y_NCHW))
+        return (x_NCHW - y_NCHW).square().flatten(1).sum(1)
+    if distance != "lpips":
+        raise ValueError(f"unknown distance {distance!r}; choose one of {', '.join(ALL_DISTANCES)}")
+    if perceptual is None:
+        raise ValueError("the lpips distance needs a feature network; give one as networks.perceptual")
+    return perceptual(x_NCHW, y_NCHW)

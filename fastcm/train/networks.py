@@ -1,0 +1,64 @@
+"""The networks of a phase (student, target, teacher), and the weights they begin with."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastcm.config import PhaseConfig
+from fastcm.errors import CheckpointError
+from fastcm.io.bundle import BundleHeader, load, model_from_header, read_bundle
+from fastcm.io.tensors import copy_into
+from fastcm.model import Model
+from fastcm.train.optimizer import WeightAverage
+
+# What a network may give up when it is trained on: an absent augmentation label contributes nothing, and the log
+# variance belongs to the loss it was trained with.
+DROPPABLE = ("map_augment.", "logvar_")
+
+
+def target_model(student: Model, average: WeightAverage) -> Model:
+    """A model whose parameters are the memory of a moving average of the student's; it has the student's own buffers."""
+    target = copy.deepcopy(student).requires_grad_(False)
+    for name, parameter in target.net.named_parameters():
+        parameter.data = average.averages[name]
+    for mine, theirs in zip(target.modules(), student.modules(), strict=True):
+        mine._buffers.update(theirs._buffers)
+    return target
+
+
+def teacher_source(settings: PhaseConfig) -> str:
+    """Where a phase's teacher comes from: "previous", "fresh" (there is none) or the path of a bundle."""
+    return settings.teacher or settings.init
+
+
+def teacher_model(settings: PhaseConfig, before: BundleHeader | None, dtype: torch.dtype, device: torch.device) -> Model:
+    """The frozen teacher of a phase, with its weights where they come from a bundle.
+
+    ``before`` is the header of the previous phase, whose averaged weights the teacher is given later where it is "previous".
+    Raises CheckpointError for a bundle that is missing or damaged.
+    """
+    source = teacher_source(settings)
+    if source != "previous":
+        return load(source, device=device, dtype=dtype)
+    return model_from_header(before, dtype=dtype, origin=Path("previous phase")).to(device).eval().requires_grad_(False)
+
+
+def copy_weights(net: torch.nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
+    """Fill parameters and buffers in, leaving out what the weights have more of a kind that can be given up."""
+    wanted = net.state_dict()
+    kept = {name: value for name, value in weights.items() if name in wanted or not name.startswith(DROPPABLE)}
+    copy_into(wanted, kept, "", origin)
+
+
+def bundle_weights(path: Path) -> dict[str, Tensor]:
+    """The weights a bundle is sampled with: those of its first average, and the buffers."""
+    tensors, header = read_bundle(path)
+    weights = {name.removeprefix("net/"): value for name, value in tensors.items() if name.startswith("net/")}
+    averaged = f"ema/{header.emas[0]}/"
+    weights |= {name.removeprefix(averaged): value for name, value in tensors.items() if name.startswith(averaged)}
+    if not weights:
+        raise CheckpointError(f"{path}: the bundle holds no weights")
+    return weights
