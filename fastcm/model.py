@@ -16,12 +16,13 @@ class SamplingDefaults:
     """How a model is meant to be sampled.
 
     sampler: "heun" or "euler" for diffusion models, or "consistency" with the noise levels mid_sigmas between its steps, which
-    noise is added up to from renoise_sigma_min.
+    noise is added up to from renoise_sigma_min. steps: how many, 0 for the sampler's usual number.
     """
 
     sampler: str
     mid_sigmas: tuple[float, ...] = ()
     renoise_sigma_min: float = 0.0
+    steps: int = 0
 
 
 class Model(nn.Module):

@@ -244,6 +244,16 @@ def test_forward_and_backward_compile_without_graph_breaks():
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5 * expected_grad.abs().max().item())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_inductor_gives_the_eager_network():
+    net, (x, c_noise) = with_gains(tiny(label_dim=10)).cuda(), (value.cuda() for value in inputs())
+    labels = torch.eye(10, device="cuda")[:3]
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True)(x, c_noise, labels=labels)
+    torch.testing.assert_close(compiled, net(x, c_noise, labels=labels), rtol=1e-3, atol=1e-3)
+
+
 def test_network_can_be_copied_for_an_average():
     net = with_gains(tiny())
     twin = copy.deepcopy(net)

@@ -4,7 +4,7 @@ Every duration, interval and half-life counts images, so a change of batch size 
 """
 
 from fastcm.config.files import load_config, parse_config, shipped_configs
-from fastcm.config.network import EDM2Config, FamilyOverrides, NetworkConfig, UNetConfig
+from fastcm.config.network import BundleNetworkConfig, EDM2Config, FamilyOverrides, NetworkConfig, UNetConfig
 from fastcm.config.objective import (
     CDObjectiveConfig,
     CTObjectiveConfig,
@@ -18,6 +18,7 @@ from fastcm.config.objective import (
 from fastcm.config.run import ComputeConfig, Config, DataConfig, EMAConfig, OptimizerConfig, PhaseConfig, TelemetryConfig
 
 __all__ = [
+    "BundleNetworkConfig",
     "CDObjectiveConfig",
     "CTObjectiveConfig",
     "ComputeConfig",

@@ -61,9 +61,18 @@ class EDM2Config(Section):
     logvar_channels: Annotated[int, Field(ge=0)] = 128  # features of the learned log variance of the loss; 0 = none
 
 
+class BundleNetworkConfig(Section):
+    """The network of the bundle that the first phase begins from; training replaces this section by what stands there."""
+
+    family: Literal["bundle"]
+
+
 def _network_tag(value: Any) -> str:
     family = value.get("family") if isinstance(value, dict) else getattr(value, "family", None)
-    return "edm2" if family == "edm2" else "unet"
+    return family if family in ("edm2", "bundle") else "unet"
 
 
-NetworkConfig = Annotated[Annotated[UNetConfig, Tag("unet")] | Annotated[EDM2Config, Tag("edm2")], Discriminator(_network_tag)]
+NetworkConfig = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[EDM2Config, Tag("edm2")] | Annotated[BundleNetworkConfig, Tag("bundle")],
+    Discriminator(_network_tag),
+]

@@ -37,9 +37,10 @@ class BundleHeader:
     trained: dict[str, Any]  # phase, images, configuration hash, data fingerprint
     format: int = FORMAT
 
-    def after(self, images: int) -> "BundleHeader":
-        """The same header for the state after ``images`` images of its phase."""
-        return replace(self, trained={**self.trained, "images": images})
+    def after(self, images: int, sampling_steps: int = 0) -> "BundleHeader":
+        """The same header for the state after ``images`` images of its phase, made for this number of steps (0: for any)."""
+        sampling = replace(self.sampling, steps=sampling_steps)
+        return replace(self, trained={**self.trained, "images": images}, sampling=sampling)
 
 
 def save_bundle(path: Path, header: BundleHeader, net: Mapping[str, Tensor], emas: Mapping[str, Mapping[str, Tensor]]) -> None:

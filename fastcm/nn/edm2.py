@@ -35,7 +35,7 @@ class MPBlock(nn.Module):
 
     encoder: x <- pixelnorm(skip(resample(x))), x <- mp_sum(x, h); decoder: x <- mp_sum(skip(x), h) of the resampled x;
     h = conv1(dropout(mp_silu(conv0(mp_silu(x)) (1 + emb_gain W_emb emb)))). Then x <- mp_sum(x, proj(att(qkv))), clipped.
-    Constant factors on the way (of mp_silu and mp_sum) are part of the next convolution's weights, not of an activation.
+    Constant factors of mp_silu, and that of h in its sum, are part of the next convolution's weights, not of an activation.
     There is no attention where ``channels_per_head`` exceeds the width.
     """
 
@@ -81,8 +81,8 @@ class MPBlock(nn.Module):
             x_NCHW = ops.resample(x_NCHW, BOX, self.resample == "up")
         if self.encoder:
             x_NCHW = normalize(self._shortcut(x_NCHW), CHANNELS)
-        h = self._residual(x_NCHW, context)
-        x_NCHW = torch.add(h, x_NCHW if self.encoder else self._shortcut(x_NCHW), alpha=self.res_weights[0])
+        shortcut = x_NCHW if self.encoder else self._shortcut(x_NCHW)
+        x_NCHW = shortcut * self.res_weights[0] + self._residual(x_NCHW, context)
         return self._attend(x_NCHW).clamp(-self.clip_act, self.clip_act)
 
     def emb_weight(self) -> Float[Tensor, "O E"]:
@@ -105,7 +105,7 @@ class MPBlock(nn.Module):
             return x_NCHW
         vectors = self.attn_qkv(x_NCHW).unflatten(1, (3 * self.num_heads, -1))
         attended = ops.attention(normalize(vectors, (2,)).flatten(1, 2), self.num_heads)
-        return torch.add(self.attn_proj(attended, gain=self.attn_weights[1]), x_NCHW, alpha=self.attn_weights[0])
+        return x_NCHW * self.attn_weights[0] + self.attn_proj(attended, gain=self.attn_weights[1])
 
 
 class EDM2UNet(Network):

@@ -42,7 +42,8 @@ def mp_silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def mp_sum(a: Float[Tensor, "..."], b: Float[Tensor, "..."], t: float) -> Float[Tensor, "..."]:
     """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2); arXiv 2312.02696, Eq. 88."""
     weight_a, weight_b = sum_weights(t)
-    return torch.add(a * weight_a, b, alpha=weight_b)
+    # Not torch.add(alpha=...): Inductor drops alpha where b is a matrix product (PyTorch 2.14).
+    return a * weight_a + b * weight_b
 
 
 def sum_weights(t: float) -> tuple[float, float]:

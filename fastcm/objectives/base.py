@@ -80,6 +80,10 @@ class Objective:
         """Half-life, in images, of the moving average that is the target network; None where there is none."""
         return None
 
+    def sampling_steps(self, images: int) -> int:
+        """How many steps the network is made for after this many images; 0 where that is free."""
+        return 0
+
     def generation(self, images: int) -> int:
         """How many times the student has become the teacher before this many images."""
         return 0

@@ -57,9 +57,13 @@ class ProgressiveDistillation(Objective):
         possible = (self.start_steps // self.end_steps).bit_length() - 1
         return min(images // self.stage_images, possible)
 
+    def sampling_steps(self, images: int) -> int:
+        """N."""
+        return self.start_steps >> self.generation(images)
+
     def schedule(self, images: int) -> dict[str, float]:
         """{"num_steps": N} of the student's grid after this many images of the phase."""
-        return {"num_steps": float(self.start_steps >> self.generation(images))}
+        return {"num_steps": float(self.sampling_steps(images))}
 
     def loss(self, networks: Networks, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
         """The loss of each image; index, noise and dropout masks from the streams "sigma", "noise" and "dropout"."""

@@ -6,4 +6,13 @@ from fastcm.sampling.edm import sample_euler, sample_heun
 from fastcm.sampling.generate import sample
 from fastcm.sampling.guidance import Guided
 
-__all__ = ["Ablation", "Guided", "consistency_sigmas", "sample", "sample_ablation", "sample_consistency", "sample_euler", "sample_heun"]
+__all__ = [
+    "Ablation",
+    "Guided",
+    "consistency_sigmas",
+    "sample",
+    "sample_ablation",
+    "sample_consistency",
+    "sample_euler",
+    "sample_heun",
+]

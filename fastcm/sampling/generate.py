@@ -43,7 +43,7 @@ def sample(
 
     Image j has the global index index_offset + j; its latent, step noise and random label depend on that, on the seed
     and on nothing else. sampler: the model's own (``model.sampling``) unless given. steps: noise levels above 0; "heun"
-    makes 2 steps - 1 network evaluations, the others steps; by default 18, and 2 for "consistency".
+    makes 2 steps - 1 network evaluations, the others steps; by default the model's own number, or 18, and 2 for "consistency".
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
     class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own or those
     that lead to its last, see ``consistency_sigmas``. sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364,
@@ -52,15 +52,10 @@ def sample(
     """
     sampler = model.sampling.sampler if sampler is None else sampler
     _check(num, batch_size, sampler, mid_sigmas)
-    steps = DEFAULT_STEPS[sampler] if steps is None else steps
+    if steps is None:
+        steps = (model.sampling.steps if sampler == model.sampling.sampler else 0) or DEFAULT_STEPS[sampler]
     device = next(model.parameters()).device
-    low, high = clip_range(model, sigma_min, sigma_max)
-    if sampler == "consistency":
-        own = model.sampling.mid_sigmas
-        mid_sigmas = own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas
-        sigmas = consistency_sigmas(steps, mid_sigmas, high, device, own[-1] if own else TWO_STEP_SIGMA)
-    else:
-        sigmas = round_sigmas(model, karras_sigmas(steps, low, high, rho, device))
+    sigmas = _grid(model, sampler, steps, mid_sigmas, sigma_min, sigma_max, rho).to(device)
     index = torch.arange(index_offset, index_offset + num, device=device)
     labels = choose_labels(labels, index, seed, model.label_dim)
     indices = index.split(batch_size)
@@ -107,6 +102,27 @@ def choose_labels(
     if labels.ndim == 1 and bool(((labels < 0) | (labels >= label_dim)).any()):
         raise ConfigError(f"labels: class ids must be in [0, {label_dim}), got {labels.min()} to {labels.max()}")
     return labels
+
+
+def _grid(
+    model: Model,
+    sampler: str,
+    steps: int,
+    mid_sigmas: Sequence[float] | None,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float,
+) -> Float64[Tensor, " S1"]:
+    """The noise levels of a sampler, within the range of the model."""
+    low, high = clip_range(model, sigma_min, sigma_max)
+    if sampler == "consistency":
+        own = model.sampling.mid_sigmas
+        mid_sigmas = own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas
+        return consistency_sigmas(steps, mid_sigmas, high, last_sigma=own[-1] if own else TWO_STEP_SIGMA)
+    if sampler == "euler":
+        # Progressive distillation has steps + 1 levels: the last step ends at sigma_min (arXiv 2202.00512).
+        return round_sigmas(model, karras_sigmas(steps + 1, low, high, rho)[:-1])
+    return round_sigmas(model, karras_sigmas(steps, low, high, rho))
 
 
 def _sample(

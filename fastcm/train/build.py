@@ -5,16 +5,21 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from fastcm import backends, ops
 from fastcm.config import (
+    BundleNetworkConfig,
     ComputeConfig,
+    Config,
     DataConfig,
     DiscreteObjectiveConfig,
     EDMObjectiveConfig,
+    NetworkConfig,
     ObjectiveConfig,
     PDObjectiveConfig,
 )
@@ -22,6 +27,7 @@ from fastcm.data.dataset import ResidentDataset, load_resident
 from fastcm.data.sources import open_source
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
 from fastcm.errors import ConfigError
+from fastcm.io.bundle import read_bundle
 from fastcm.model import SamplingDefaults
 from fastcm.objectives import OBJECTIVES, Objective
 
@@ -66,6 +72,21 @@ def compute_settings(config: ComputeConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value
+
+
+def resolve_network(config: Config) -> Config:
+    """The configuration with the network of the first phase's bundle where it asks for that, else as it is.
+
+    Raises ConfigError where that phase begins from no bundle, CheckpointError for one that is missing or damaged.
+    """
+    if not isinstance(config.network, BundleNetworkConfig):
+        return config
+    name, first = next(iter(config.phases.items()))
+    if first.init in ("previous", "fresh"):
+        raise ConfigError(f"network.family is 'bundle', but phases.{name}.init names no bundle to take the network from")
+    path = Path(first.init)
+    network = TypeAdapter(NetworkConfig).validate_python(read_bundle(path)[1].network)
+    return config.model_copy(update={"network": network})
 
 
 def open_dataset(config: DataConfig, device: torch.device) -> ResidentDataset:

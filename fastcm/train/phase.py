@@ -143,7 +143,7 @@ class Phase:
 
     def sampling_model(self) -> Model:
         """A model in evaluation form with the averaged weights."""
-        model = model_from_header(self.header, dtype=self.dtype, origin=Path(self.name)).to(self.device)
+        model = model_from_header(self._header_now(), dtype=self.dtype, origin=Path(self.name)).to(self.device)
         copy_into(model.net.state_dict(), self.averaged_weights(), "", Path(self.name))
         return model.eval().requires_grad_(False)
 
@@ -169,9 +169,11 @@ class Phase:
 
     def save_bundle(self, path: Path) -> None:
         """Write the bundle of the current state."""
-        header = self.header.after(self.images)
         emas = {name: average.averages for name, average in self.averages.items()}
-        save_bundle(path, header, self.model.net.state_dict(), emas)
+        save_bundle(path, self._header_now(), self.model.net.state_dict(), emas)
+
+    def _header_now(self) -> BundleHeader:
+        return self.header.after(self.images, self.objective.sampling_steps(self.images))
 
 
 def phase_header(config: Config, name: str, data: ResidentDataset) -> BundleHeader:

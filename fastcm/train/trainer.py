@@ -14,7 +14,7 @@ from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import ConfigError, FastcmError, Interrupted
 from fastcm.io.images import save_grid
 from fastcm.sampling.generate import sample
-from fastcm.train.build import compute_settings, open_dataset, select_device
+from fastcm.train.build import compute_settings, open_dataset, resolve_network, select_device
 from fastcm.train.checkpoint import load_newest, save_checkpoint
 from fastcm.train.ema_snapshots import SnapshotWriter, drop_later_snapshots
 from fastcm.train.phase import Phase
@@ -43,7 +43,7 @@ def train(config: Config, out: Path) -> RunFolder:
     Raises ConfigError, DataError or CheckpointError for what a user can mend, Interrupted after a signal once the state
     is saved.
     """
-    run = RunFolder(out)
+    run, config = RunFolder(out), resolve_network(config)
     device = select_device(config.compute.device)
     with run.locked(), compute_settings(config.compute), stop_flag() as stop:
         data = open_dataset(config.data, device)
@@ -157,8 +157,8 @@ class Trainer:
         """Write grids of samples at fixed latents: 1 and 2 steps, and Heun while a diffusion model is trained."""
         settings, model = self.config.telemetry, phase.sampling_model()
         grids = {"1step": ("consistency", 1), "2step": ("consistency", 2)}
-        if model.sampling.sampler == "heun":
-            grids["heun"] = ("heun", settings.heun_steps)
+        if model.sampling.sampler in ("heun", "euler"):
+            grids[model.sampling.sampler] = (model.sampling.sampler, model.sampling.steps or settings.heun_steps)
         for kind, (sampler, steps) in grids.items():
             images = sample(model, settings.grid_size**2, steps, self.config.seed, sampler=sampler)
             save_grid(self.run_folder.samples / f"{phase.name}-{kind}-{phase.images:012d}.png", images, settings.grid_size)
