@@ -13,9 +13,10 @@ from fastcm.bench.shapes import AttentionShape, conv_calls, kernel_calls
 from fastcm.config import EDM2Config
 from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.edm2_layout import from_edm2, to_edm2
+from fastcm.kernels.philox import random_dropout
 from fastcm.nn import EDM2UNet
 from fastcm.nn.build import build_network
-from fastcm.nn.magnitude_preserving import MPConv, dropout, mp_cat, mp_silu, mp_sum, normalize
+from fastcm.nn.magnitude_preserving import MPConv, mp_cat, mp_silu, mp_sum, normalize
 from fastcm.random import Stream
 
 FOURIER = [("freqs", "normal"), ("phases", "uniform")]
@@ -115,7 +116,7 @@ PRIMITIVES = {
     "mp_silu": (mp_silu, [(2, 4)]),
     "mp_sum": (lambda a, b: mp_sum(a, b, 0.3), [(2, 4), (2, 4)]),
     "mp_cat": (lambda a, b: mp_cat(a, b, 0.4), [(2, 4, 3, 2), (2, 3, 3, 2)]),
-    "dropout": (lambda a: dropout(a, 0.3, dropout_key(2)), [(2, 4, 3, 2)]),
+    "dropout": (lambda a: random_dropout(a, 0.3, dropout_key(2)), [(2, 4, 3, 2)]),
     "convolution": (Weighted(torch.empty(2, 3), 3), [(2, 3, 4, 3), (2, 3, 3, 3), ()]),
     "linear": (Weighted(torch.empty(2, 3), 0), [(2, 3), (2, 3), ()]),
 }
@@ -189,11 +190,11 @@ def test_labels_change_the_output_and_no_class_is_a_row_of_zeros():
 def test_dropout_has_the_masks_of_group_norm():
     x, gain = 1 + inputs(channels=6)[0].abs(), torch.ones(6)
     normed = ops.group_norm(x, 1, gain, 100 * gain, 1e-5, dropout=0.3, dropout_key=dropout_key())
-    dropped = dropout(x.contiguous(memory_format=CHANNELS_LAST), 0.3, dropout_key())
+    dropped = random_dropout(x.contiguous(memory_format=CHANNELS_LAST), 0.3, dropout_key())
     assert torch.equal(normed == 0, dropped == 0)
     torch.testing.assert_close(dropped[dropped != 0], x[dropped != 0] / 0.7)
-    assert dropout(x, 0.3, None) is x
-    assert dropout(x.half(), 0.3, dropout_key()).dtype == torch.float16
+    assert random_dropout(x, 0.3, None) is x
+    assert random_dropout(x.half(), 0.3, dropout_key()).dtype == torch.float16
 
 
 def test_dropout_depends_on_the_sample_alone():

@@ -20,6 +20,8 @@ def select_cases(op: str | None, shapes: str, batch: int, dtype: str, directions
     """The cases of one op, or of all; raises ConfigError where none is left."""
     ops, wanted = [op] if op else list(OP_PASSES), tuple(directions) or tuple(PASSES)
     chosen = [case for name in ops for case in cases(name, shapes, batch, DTYPES[dtype], wanted)]
+    if not chosen and op and not list(cases(op, shapes, batch, DTYPES[dtype], tuple(PASSES))):
+        raise ConfigError(f"--shapes {shapes}: this network has no {op}")
     if not chosen:
         raise ConfigError(f"--pass {' '.join(wanted)}: {op} has only {' '.join(OP_PASSES[op])}")
     return chosen

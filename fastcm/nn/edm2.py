@@ -10,14 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastcm import ops
-from fastcm.kernels.philox import PhiloxKey
+from fastcm.kernels.philox import PhiloxKey, random_dropout
 from fastcm.nn.blocks import Context
 from fastcm.nn.magnitude_preserving import (
     EPS,
     SILU_MAGNITUDE,
     MPConv,
     MPFourier,
-    dropout,
     mp_cat,
     mp_silu,
     mp_sum,
@@ -97,7 +96,7 @@ class MPBlock(nn.Module):
         key = None if context.dropout is None else context.dropout.at(self.site)
         scale_NC = context.affine_NA[self.site].to(x_NCHW.dtype)
         h = self.conv_res0(F.silu(x_NCHW), gain=1 / SILU_MAGNITUDE)
-        h = dropout(F.silu(h * scale_NC[:, :, None, None]), self.dropout, key)
+        h = random_dropout(F.silu(h * scale_NC[:, :, None, None]), self.dropout, key)
         return self.conv_res1(h, gain=self.res_weights[1] / SILU_MAGNITUDE)
 
     def _attend(self, x_NCHW: Tensor) -> Tensor:

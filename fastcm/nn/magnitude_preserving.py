@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastcm.kernels.philox import PhiloxKey, random_bits
 from fastcm.nn.init import draw, fans, unset
 from fastcm.random import Stream
 
@@ -62,18 +61,6 @@ def mp_cat(a: Float[Tensor, "N A H W"], b: Float[Tensor, "N B H W"], t: float) -
     # Halves of equal width at t = 1/2, most of a decoder, need no pass of their own.
     parts = (x if math.isclose(factor, 1) else x * factor for x, factor in zip((a, b), factors, strict=True))
     return torch.cat(list(parts), dim=1)
-
-
-def dropout(x_NCHW: Float[Tensor, "N C H W"], p: float, key: PhiloxKey | None) -> Float[Tensor, "N C H W"]:
-    """Element e = (h W + w) C + c of a sample is kept and divided by 1 - p when bits(key)[n, e] >= round(p 2^32), else 0.
-
-    The masks are those of ``ops.group_norm``; no dropout without a key.
-    """
-    if key is None or p == 0:
-        return x_NCHW
-    n, channels, height, width = x_NCHW.shape
-    keep = random_bits(key, height * width * channels) >= round(p * 2**32)
-    return torch.where(keep.reshape(n, height, width, channels).permute(0, 3, 1, 2), x_NCHW / (1 - p), 0)
 
 
 class MPFourier(nn.Module):

@@ -14,7 +14,7 @@ from fastcm.nn.blocks import Block, Context, PlainDown, PlainUp
 from fastcm.nn.embeddings import FourierEmbedding, PositionalEmbedding
 from fastcm.nn.families import FAMILIES, Family
 from fastcm.nn.layers import Conv, ConvThenDown, GroupNorm, Linear, Resample, linear_of_all
-from fastcm.nn.network import Network
+from fastcm.nn.network import Network, level_name, level_resolutions
 
 NEAREST = (1.0, 1.0)
 
@@ -56,7 +56,7 @@ class UNet(Network):
     ) -> None:
         super().__init__()
         self.family = _family(family)
-        self.resolutions = _resolutions(img_resolution, len(channel_mult))
+        self.resolutions = level_resolutions(img_resolution, len(channel_mult))
         if model_channels % 2:
             raise ValueError(f"model_channels is {model_channels}, but the noise embedding needs an even number")
         self.img_resolution, self.img_channels = img_resolution, img_channels
@@ -90,7 +90,7 @@ class UNet(Network):
         [N, augment_dim], None for images that were not augmented. dropout: key of the masks, None for no dropout.
         Raises ValueError for arguments this network was not built for.
         """
-        self._check(x_NCHW, second_N, labels, augment)
+        self.check_inputs(x_NCHW, second_N, labels, augment)
         context = Context(self._project(*self.embed(c_noise_N, second_N, labels, augment)), dropout)
         x_NCHW, skips = self._encode(x_NCHW.contiguous(memory_format=torch.channels_last), context)
         return self._decode(x_NCHW, skips, context)
@@ -139,25 +139,25 @@ class UNet(Network):
     def _encode(self, x_NCHW: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
         """From full to lowest resolution; the second result is what the decoder reads, in the order of making."""
         image_NCHW = x_NCHW
-        x_NCHW = self.enc[_name(self.resolutions[0], "conv")](x_NCHW)
+        x_NCHW = self.enc[level_name(self.resolutions[0], "conv")](x_NCHW)
         skips = [x_NCHW]
         for resolution in self.resolutions:
             if resolution != self.resolutions[0]:
-                x_NCHW = self.enc[_name(resolution, "down")](x_NCHW, context)
+                x_NCHW = self.enc[level_name(resolution, "down")](x_NCHW, context)
                 x_NCHW, image_NCHW = self._merge_image(resolution, x_NCHW, image_NCHW)
                 skips.append(x_NCHW)
             for index in range(self.num_blocks):
-                x_NCHW = self.enc[_name(resolution, f"block{index}")](x_NCHW, context)
+                x_NCHW = self.enc[level_name(resolution, f"block{index}")](x_NCHW, context)
                 skips.append(x_NCHW)
         return x_NCHW, skips
 
     def _merge_image(self, resolution: int, x_NCHW: Tensor, image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Bring the pyramid beside the encoder down to this resolution and add it to the features."""
         if self.family.encoder == "skip":
-            image_NCHW = self.enc[_name(resolution, "aux_down")](image_NCHW)
-            return x_NCHW + self.enc[_name(resolution, "aux_skip")](image_NCHW), image_NCHW
+            image_NCHW = self.enc[level_name(resolution, "aux_down")](image_NCHW)
+            return x_NCHW + self.enc[level_name(resolution, "aux_skip")](image_NCHW), image_NCHW
         if self.family.encoder == "residual":
-            x_NCHW = (x_NCHW + self.enc[_name(resolution, "aux_residual")](image_NCHW)) * math.sqrt(0.5)
+            x_NCHW = (x_NCHW + self.enc[level_name(resolution, "aux_residual")](image_NCHW)) * math.sqrt(0.5)
             return x_NCHW, x_NCHW
         return x_NCHW, image_NCHW
 
@@ -167,19 +167,19 @@ class UNet(Network):
         for resolution in reversed(self.resolutions):
             entry = ("in0", "in1") if resolution == self.resolutions[-1] else ("up",)
             for kind in entry:
-                x_NCHW = self.dec[_name(resolution, kind)](x_NCHW, context)
+                x_NCHW = self.dec[level_name(resolution, kind)](x_NCHW, context)
             for index in range(self.num_blocks + 1):
                 x_NCHW = torch.cat([x_NCHW, skips.pop()], dim=1)
-                x_NCHW = self.dec[_name(resolution, f"block{index}")](x_NCHW, context)
-            if _name(resolution, "aux_conv") in self.dec:
+                x_NCHW = self.dec[level_name(resolution, f"block{index}")](x_NCHW, context)
+            if level_name(resolution, "aux_conv") in self.dec:
                 image_NCHW = self._add_image(resolution, x_NCHW, image_NCHW)
         return self.out_conv(self.out_norm(x_NCHW, silu=True)) if image_NCHW is None else image_NCHW
 
     def _add_image(self, resolution: int, x_NCHW: Tensor, image_NCHW: Tensor | None) -> Tensor:
         """This level's contribution to the output plus what the levels below gave."""
-        normed_NCHW = self.dec[_name(resolution, "aux_norm")](x_NCHW, silu=True)
-        part_NCHW = self.dec[_name(resolution, "aux_conv")](normed_NCHW)
-        return part_NCHW if image_NCHW is None else part_NCHW + self.dec[_name(resolution, "aux_up")](image_NCHW)
+        normed_NCHW = self.dec[level_name(resolution, "aux_norm")](x_NCHW, silu=True)
+        part_NCHW = self.dec[level_name(resolution, "aux_conv")](normed_NCHW)
+        return part_NCHW if image_NCHW is None else part_NCHW + self.dec[level_name(resolution, "aux_up")](image_NCHW)
 
     def _build_embedding(self, noise_channels: int, fourier_scale: float | None) -> None:
         family, init, emb_channels = self.family, self.family.init, self.emb_channels
@@ -203,17 +203,17 @@ class UNet(Network):
     def _build_encoder(self, widths: list[int], stem_width: int) -> list[int]:
         """Fill ``enc`` and return the widths of what the decoder reads, in the order of making."""
         self.enc = nn.ModuleDict()
-        self.enc[_name(self.resolutions[0], "conv")] = Conv(self.img_channels, stem_width, 3, self.family.init.layer)
+        self.enc[level_name(self.resolutions[0], "conv")] = Conv(self.img_channels, stem_width, 3, self.family.init.layer)
         image_width, skip_widths = self.img_channels, [stem_width]
         for resolution, width in zip(self.resolutions, widths, strict=True):
             before = skip_widths[-1]
             if resolution != self.resolutions[0]:
-                self.enc[_name(resolution, "down")] = self._resampler(resolution, before, "down")
+                self.enc[level_name(resolution, "down")] = self._resampler(resolution, before, "down")
                 image_width = self._build_merge(resolution, image_width, before)
                 skip_widths.append(before)
             heads = self.family.heads(width) if resolution in self.attn_resolutions else 0
             for index in range(self.num_blocks):
-                self.enc[_name(resolution, f"block{index}")] = self._block(resolution, skip_widths[-1], width, heads)
+                self.enc[level_name(resolution, f"block{index}")] = self._block(resolution, skip_widths[-1], width, heads)
                 skip_widths.append(width)
         return skip_widths
 
@@ -221,10 +221,10 @@ class UNet(Network):
         """The layers of ``_merge_image`` for one level; returns the width of the pyramid after it."""
         init, down = self.family.init.layer, Resample(self.family.resample_filter, up=False)
         if self.family.encoder == "skip":
-            self.enc[_name(resolution, "aux_down")] = down
-            self.enc[_name(resolution, "aux_skip")] = Conv(image_width, width, 1, init)
+            self.enc[level_name(resolution, "aux_down")] = down
+            self.enc[level_name(resolution, "aux_skip")] = Conv(image_width, width, 1, init)
         if self.family.encoder == "residual":
-            self.enc[_name(resolution, "aux_residual")] = ConvThenDown(image_width, width, 3, init, down)
+            self.enc[level_name(resolution, "aux_residual")] = ConvThenDown(image_width, width, 3, init, down)
             return width
         return image_width
 
@@ -234,15 +234,15 @@ class UNet(Network):
         before = skip_widths[-1]
         for resolution, width in reversed(list(zip(self.resolutions, widths, strict=True))):
             if resolution == self.resolutions[-1]:
-                self.dec[_name(resolution, "in0")] = self._block(resolution, before, before, self.family.heads(before))
-                self.dec[_name(resolution, "in1")] = self._block(resolution, before, before)
+                self.dec[level_name(resolution, "in0")] = self._block(resolution, before, before, self.family.heads(before))
+                self.dec[level_name(resolution, "in1")] = self._block(resolution, before, before)
             else:
-                self.dec[_name(resolution, "up")] = self._resampler(resolution, before, "up")
+                self.dec[level_name(resolution, "up")] = self._resampler(resolution, before, "up")
             for index in range(self.num_blocks + 1):
                 attends = self.family.decoder_attention == "all" or index == self.num_blocks
                 heads = self.family.heads(width, decoder=True) if attends and resolution in self.attn_resolutions else 0
                 block = self._block(resolution, before + skip_widths.pop(), width, heads)
-                self.dec[_name(resolution, f"block{index}")] = block
+                self.dec[level_name(resolution, f"block{index}")] = block
                 before = width
             self._build_image_head(resolution, width)
 
@@ -257,9 +257,9 @@ class UNet(Network):
                 self.out_norm, self.out_conv = norm, conv
             return
         if is_last or self.family.decoder == "skip":
-            self.dec[_name(resolution, "aux_norm")], self.dec[_name(resolution, "aux_conv")] = norm, conv
+            self.dec[level_name(resolution, "aux_norm")], self.dec[level_name(resolution, "aux_conv")] = norm, conv
         if self.family.decoder == "skip" and resolution != self.resolutions[-1]:
-            self.dec[_name(resolution, "aux_up")] = Resample(self.family.resample_filter, up=True)
+            self.dec[level_name(resolution, "aux_up")] = Resample(self.family.resample_filter, up=True)
 
     def _block(
         self,
@@ -291,30 +291,9 @@ class UNet(Network):
             else PlainUp(channels, channels, 3, init, Resample(NEAREST, up=True))
         )
 
-    def _check(self, x_NCHW: Tensor, second_N: Tensor | None, labels: Tensor | None, augment: Tensor | None) -> None:
-        expected = (self.img_channels, self.img_resolution, self.img_resolution)
-        if x_NCHW.ndim != 4 or tuple(x_NCHW.shape[1:]) != expected:
-            raise ValueError(
-                f"images have shape {tuple(x_NCHW.shape)}, but this network takes [N, {', '.join(map(str, expected))}]"
-            )
-        _check_condition("labels", labels, self.label_dim, len(x_NCHW))
-        _check_condition("augment", augment, self.augment_dim, len(x_NCHW))
-        if (second_N is not None) != self.second_time:
-            given, needed = ("is missing", "needs") if self.second_time else ("was given", "has no")
-            raise ValueError(f"second_N {given}, but this network {needed} a second time (second_time={self.second_time})")
-
 
 def _plus(x: Tensor, term: Tensor | None) -> Tensor:
     return x if term is None else x + term
-
-
-def _check_condition(name: str, value: Tensor | None, dim: int, num: int) -> None:
-    if value is None:
-        return
-    if not dim:
-        raise ValueError(f"{name} were given, but this network was built without them ({name.removesuffix('s')}_dim=0)")
-    if tuple(value.shape) != (num, dim):
-        raise ValueError(f"{name} have shape {tuple(value.shape)}, but this network takes rows of {dim} for {num} images")
 
 
 def _family(family: Family | str) -> Family:
@@ -323,14 +302,3 @@ def _family(family: Family | str) -> Family:
     if family not in FAMILIES:
         raise ValueError(f"there is no network family {family!r}; choose one of {', '.join(FAMILIES)}")
     return FAMILIES[family]
-
-
-def _resolutions(img_resolution: int, num_levels: int) -> list[int]:
-    """Resolution of each level; each must be half of the one above."""
-    if num_levels < 1 or img_resolution % 2 ** (num_levels - 1):
-        raise ValueError(f"resolution {img_resolution} cannot be halved for {num_levels} levels (channel_mult)")
-    return [img_resolution >> level for level in range(num_levels)]
-
-
-def _name(resolution: int, kind: str) -> str:
-    return f"{resolution}x{resolution}_{kind}"

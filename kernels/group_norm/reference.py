@@ -6,10 +6,10 @@ Shapes: N samples, C channels, H x W pixels.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from ..philox import PhiloxKey, random_bits
+from ..philox import PhiloxKey, random_dropout
 from .two_pass import two_pass_norm
 
 
@@ -49,18 +49,16 @@ def group_norm(
     y = y.contiguous(memory_format=memory_format(x_NCHW))
     if silu:
         y = F.silu(y)
-    if dropout_key is not None and dropout > 0:
-        y = torch.where(_keep(dropout_key, y, dropout), y / (1 - dropout), 0)
-    return y.to(x_NCHW.dtype)
+    return random_dropout(y, dropout, dropout_key).to(x_NCHW.dtype)
 
 
 def _suits_two_pass(x_NCHW: Tensor) -> bool:
     """Whether the plain passes beat PyTorch's kernel: on the CPU, where the image is not tiny.
 
     Its channels_last CPU kernel is slow and takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
-    is large. Its NCHW kernel is fast and exact, but the copies it needs pay for at most 64 pixels.
+    is large. Its NCHW kernel is fast and exact, but the copies it needs pay for at most 16 pixels.
     """
-    return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 64
+    return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 16
 
 
 def _native_norm(
@@ -72,12 +70,6 @@ def _native_norm(
     if len(gain_NC) == len(offset_NC) == 1:
         return F.group_norm(x_NCHW, num_groups, gain_NC[0], offset_NC[0], eps)
     return F.group_norm(x_NCHW, num_groups, eps=eps) * gain_NC[:, :, None, None] + offset_NC[:, :, None, None]
-
-
-def _keep(key: PhiloxKey, x_NCHW: Tensor, dropout: float) -> Bool[Tensor, "N C H W"]:
-    n, channels, height, width = x_NCHW.shape
-    bits = random_bits(key, height * width * channels)
-    return (bits >= round(dropout * 2**32)).reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def memory_format(x_NCHW: Float[Tensor, "N C H W"]) -> torch.memory_format:

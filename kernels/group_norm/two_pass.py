@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def two_pass_norm(
@@ -71,8 +70,10 @@ class _TwoPassNorm(torch.autograd.Function):
         return y_NPC
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_NPC: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # once_differentiable would let autograd.functional.jvp have zeros instead of this message.
+            raise RuntimeError("group norm on the CPU has no second derivative; for a JVP use forward mode, under no_grad")
         gain_NC, centred_NPC, rest_NC, rstd_NC = ctx.saved_tensors
         num_pixels = centred_NPC.shape[1]
         B_NC = dy_NPC.sum(1)

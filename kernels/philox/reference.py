@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -78,6 +78,20 @@ def random_bits(key: PhiloxKey, num_elements: int) -> Int64[Tensor, "N E"]:
     index_N1, block_1B = key.index_N[:, None], torch.arange(num_blocks, device=key.index_N.device)[None, :]
     counter = (block_1B, block_1B.new_full((1, 1), key.draw), index_N1 & WORD_MASK, _high(index_N1))
     return torch.stack(philox4x32(counter, key.key), dim=-1).flatten(1)[:, :num_elements]
+
+
+def random_dropout(x_NCHW: Float[Tensor, "N C H W"], p: float, key: PhiloxKey | None) -> Float[Tensor, "N C H W"]:
+    """Dropout by the key's random bits, keyed so that any kernel can draw the same mask again.
+
+    Element e = (h W + w) C + c of a sample is kept and divided by 1 - p when bits(key)[n, e] >= round(p 2^32), else 0.
+
+    No dropout without a key; arXiv 1207.0580.
+    """
+    if key is None or p == 0:
+        return x_NCHW
+    n, channels, height, width = x_NCHW.shape
+    keep = random_bits(key, height * width * channels) >= round(p * 2**32)
+    return torch.where(keep.reshape(n, height, width, channels).permute(0, 3, 1, 2), x_NCHW / (1 - p), 0)
 
 
 def random_normal(key: PhiloxKey, num_elements: int) -> Float32[Tensor, "N E"]:

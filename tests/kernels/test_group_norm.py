@@ -297,3 +297,11 @@ def test_costs_are_one_read_and_one_write_of_each_image():
     for cost, bytes_per_element in ((forward_cost, 4), (backward_cost, 6), (jvp_cost, 8)):
         assert 0 <= cost(**sizes).bytes - bytes_per_element * elements < 2e-3 * elements
         assert cost(**sizes, rows=2).bytes > cost(**sizes).bytes
+
+
+def test_a_second_derivative_on_the_cpu_is_an_error_and_not_zero():
+    x, one = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0), requires_grad=True), torch.ones(8)
+    (gradient,) = torch.autograd.grad(group_norm_reference(x, 2, one, one, 1e-5).square().sum(), x, create_graph=False)
+    assert gradient.isfinite().all()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(group_norm_reference(x, 2, one, one, 1e-5).square().sum(), x, create_graph=True)
