@@ -41,6 +41,18 @@ class Network(nn.Module):
         """F(x; c_noise), channels_last, in the dtype of x; labels are one-hot rows, dropout is the key of the masks."""
         raise NotImplementedError
 
+    def trunk(
+        self,
+        x_NCHW: Float[Tensor, "N C H W"],
+        c_noise_N: Float[Tensor, " N"],
+        second_N: Float[Tensor, " N"] | None = None,
+        labels: Float[Tensor, "N L"] | None = None,
+        augment: Float[Tensor, "N A"] | None = None,
+        dropout: PhiloxKey | None = None,
+    ) -> Float[Tensor, "N E H W"]:
+        """All but the last layer, for losses that weigh each other by their gradients there; head(trunk(...)) is F."""
+        raise ValueError(f"{type(self).__name__} does not give its last layer apart from the rest")
+
     @torch.no_grad()
     def constrain_weights(self, finite: Float[Tensor, ""]) -> None:
         """Bring the weights back to where the architecture keeps them, after each optimizer step; by default nothing.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,34 @@ class UNet(Network):
         [N, augment_dim], None for images that were not augmented. dropout: key of the masks, None for no dropout.
         Raises ValueError for arguments this network was not built for.
         """
+        features_NCHW, image_NCHW = self._features(x_NCHW, c_noise_N, second_N, labels, augment, dropout)
+        output_NCHW = self.head(features_NCHW)
+        return output_NCHW if image_NCHW is None else output_NCHW + image_NCHW
+
+    def trunk(
+        self,
+        x_NCHW: Float[Tensor, "N C H W"],
+        c_noise_N: Float[Tensor, " N"],
+        second_N: Float[Tensor, " N"] | None = None,
+        labels: Float[Tensor, "N L"] | None = None,
+        augment: Float[Tensor, "N A"] | None = None,
+        dropout: PhiloxKey | None = None,
+    ) -> Float[Tensor, "N E H W"]:
+        """What ``head`` makes the output of: head(trunk(...)) is the network. Arguments as in ``forward``."""
+        if self.family.decoder == "skip":
+            raise ValueError("every level of this network adds to its output (decoder 'skip'), so it has no single last layer")
+        return self._features(x_NCHW, c_noise_N, second_N, labels, augment, dropout)[0]
+
+    @property
+    def head(self) -> Conv:
+        """The last layer."""
+        return self.out_conv if self.family.head == "out" else self.dec[level_name(self.resolutions[0], "aux_conv")]
+
+    def _features(
+        self, x_NCHW: Tensor, c_noise_N: Tensor, second_N: Tensor | None, labels: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The input of the last layer, and what lower levels add to its output, if they do."""
+        augment, dropout = rest
         self.check_inputs(x_NCHW, second_N, labels, augment)
         context = Context(self._project(*self.embed(c_noise_N, second_N, labels, augment)), dropout)
         x_NCHW, skips = self._encode(x_NCHW.contiguous(memory_format=torch.channels_last), context)
@@ -161,8 +189,8 @@ class UNet(Network):
             return x_NCHW, x_NCHW
         return x_NCHW, image_NCHW
 
-    def _decode(self, x_NCHW: Tensor, skips: list[Tensor], context: Context) -> Tensor:
-        """From lowest to full resolution, then to the image."""
+    def _decode(self, x_NCHW: Tensor, skips: list[Tensor], context: Context) -> tuple[Tensor, Tensor | None]:
+        """From lowest to full resolution, up to the last layer."""
         image_NCHW = None
         for resolution in reversed(self.resolutions):
             entry = ("in0", "in1") if resolution == self.resolutions[-1] else ("up",)
@@ -171,15 +199,20 @@ class UNet(Network):
             for index in range(self.num_blocks + 1):
                 x_NCHW = torch.cat([x_NCHW, skips.pop()], dim=1)
                 x_NCHW = self.dec[level_name(resolution, f"block{index}")](x_NCHW, context)
-            if level_name(resolution, "aux_conv") in self.dec:
-                image_NCHW = self._add_image(resolution, x_NCHW, image_NCHW)
-        return self.out_conv(self.out_norm(x_NCHW, silu=True)) if image_NCHW is None else image_NCHW
+            if image_NCHW is not None:
+                image_NCHW = self.dec[level_name(resolution, "aux_up")](image_NCHW)
+            if self.family.decoder == "skip" and resolution != self.resolutions[0]:
+                image_NCHW = _plus(self._image_of(resolution, x_NCHW), image_NCHW)
+        return self._last_norm(x_NCHW, silu=True), image_NCHW
 
-    def _add_image(self, resolution: int, x_NCHW: Tensor, image_NCHW: Tensor | None) -> Tensor:
-        """This level's contribution to the output plus what the levels below gave."""
+    @property
+    def _last_norm(self) -> GroupNorm:
+        return self.out_norm if self.family.head == "out" else self.dec[level_name(self.resolutions[0], "aux_norm")]
+
+    def _image_of(self, resolution: int, x_NCHW: Tensor) -> Tensor:
+        """What this level contributes to the output."""
         normed_NCHW = self.dec[level_name(resolution, "aux_norm")](x_NCHW, silu=True)
-        part_NCHW = self.dec[level_name(resolution, "aux_conv")](normed_NCHW)
-        return part_NCHW if image_NCHW is None else part_NCHW + self.dec[level_name(resolution, "aux_up")](image_NCHW)
+        return self.dec[level_name(resolution, "aux_conv")](normed_NCHW)
 
     def _build_embedding(self, noise_channels: int, fourier_scale: float | None) -> None:
         family, init, emb_channels = self.family, self.family.init, self.emb_channels

@@ -1,6 +1,7 @@
 """Training objectives: what turns a batch into one loss per image."""
 
 from fastcm.objectives.base import LossTerms, Networks, Objective
+from fastcm.objectives.ctm import CTM
 from fastcm.objectives.discrete import ConsistencyDistillation, ConsistencyTraining, ImprovedConsistencyTraining
 from fastcm.objectives.ect import ECT
 from fastcm.objectives.edm import EDMObjective
@@ -13,9 +14,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ct": ConsistencyTraining,
     "ict": ImprovedConsistencyTraining,
     "pd": ProgressiveDistillation,
+    "ctm": CTM,
 }
 
 __all__ = [
+    "CTM",
     "ECT",
     "OBJECTIVES",
     "ConsistencyDistillation",

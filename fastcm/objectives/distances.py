@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastcm.kernels.consistency_loss import DISTANCES
+from fastcm.kernels.consistency_loss.reference import distance_of, sum_of_squares
 
 IMAGE_DISTANCES = ("l1", "squared_32", "lpips")
 ALL_DISTANCES = (*DISTANCES, *IMAGE_DISTANCES)
@@ -32,3 +33,16 @@ def image_distance(
     if perceptual is None:
         raise ValueError("the lpips distance needs a feature network; give one as networks.perceptual")
     return perceptual(x_NCHW, y_NCHW)
+
+
+def distance_between(
+    distance: str,
+    x_NCHW: Float[Tensor, "N C H W"],
+    y_NCHW: Float[Tensor, "N C H W"],
+    c: float = 0.0,
+    perceptual: nn.Module | None = None,
+) -> Float[Tensor, " N"]:
+    """Any distance of two images that are there already; those of ``ops.consistency_loss`` in plain PyTorch."""
+    if distance in DISTANCES:
+        return distance_of(sum_of_squares(x_NCHW - y_NCHW), distance, c)
+    return image_distance(distance, x_NCHW, y_NCHW, perceptual)

@@ -14,8 +14,9 @@ from fastcm.io.bundle import BundleHeader, model_from_header, save_bundle
 from fastcm.io.tensors import copy_into
 from fastcm.model import Model
 from fastcm.nn.build import build_network
-from fastcm.objectives import Networks
+from fastcm.objectives import CTM, Networks
 from fastcm.train.build import build_objective, sampling_form
+from fastcm.train.ctm_step import CTMStep
 from fastcm.train.networks import bundle_weights, copy_weights, target_model, teacher_model, teacher_source
 from fastcm.train.optimizer import Optimizer, WeightAverage
 from fastcm.train.schedules import ema_beta, learning_rate
@@ -48,9 +49,9 @@ class Phase:
         self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps, averages=self._all_averages())
         augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
         self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
-        self.gradient = GradientStep(
-            self.networks, self.objective, config.seed, self.settings.microbatch_size, compile_step(config, device)
-        )
+        step = CTMStep if isinstance(self.objective, CTM) else GradientStep
+        compiled = compile_step(config, device)
+        self.gradient = step(self.networks, self.objective, config.seed, self.settings.microbatch_size, compiled)
         self.meter = LossMeter(device)
 
     def _build_model(self, data: ResidentDataset) -> Model:
@@ -113,9 +114,10 @@ class Phase:
         size = self.settings.batch_size
         if self.objective.generation(self.images) != self.objective.generation(max(self.images - size, 0)):
             self._promote_student()
-        batch = self.loader.batch(self.first_image + self.images)
+        first_image = self.first_image + self.images
+        batch = self.loader.batch(first_image)
         schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
-        loss_N, sigma_N = self.gradient(batch, schedule)
+        loss_N, sigma_N = self.gradient(batch, schedule, first_image)
         finite, norm = self.optimizer.step(self._scalar(self.learning_rate), self._ema_betas())
         self.model.net.constrain_weights(finite)
         self.meter.add(loss_N, sigma_N, norm, finite)

@@ -1,6 +1,6 @@
 """The gradient of one batch, compiled once and the same for every objective."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,18 +23,21 @@ class GradientStep:
         terms = self.objective.loss(self.networks, batch, self.seed, schedule)
         return terms.loss_N, terms.sigma_N
 
-    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss and noise level of every sample, detached."""
-        num, losses, sigmas = len(batch.index), [], []
-        size = self.microbatch_size or num
-        for start in range(0, num, size):
-            loss_N, sigma_N = self._loss(_slice(batch, slice(start, start + size)), schedule)
-            (loss_N.sum() / num).backward()
+    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], first_image: int) -> tuple[Tensor, Tensor]:
+        """Loss and noise level of every sample, detached; ``first_image`` is the number of the first one, known on the host."""
+        losses, sigmas = [], []
+        for part in parts_of(batch, self.microbatch_size):
+            loss_N, sigma_N = self._loss(part, schedule)
+            (loss_N.sum() / len(batch.index)).backward()
             losses.append(loss_N.detach())
             sigmas.append(sigma_N.detach())
         return torch.cat(losses), torch.cat(sigmas)
 
 
-def _slice(batch: Batch, part: slice) -> Batch:
+def parts_of(batch: Batch, size: int) -> Iterator[Batch]:
+    """The batch in parts of this many images; whole where the size is 0."""
+    num = len(batch.index)
     columns = (batch.images, batch.labels, batch.augment, batch.index)
-    return Batch(*(None if column is None else column[part] for column in columns))
+    for start in range(0, num, size or num):
+        part = slice(start, start + (size or num))
+        yield Batch(*(None if column is None else column[part] for column in columns))

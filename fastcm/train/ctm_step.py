@@ -1,0 +1,183 @@
+"""The gradient of CTM's losses, each network passed through as often as the mathematics asks and not once more.
+
+The two losses weigh each other by their gradients at the last layer (arXiv 2310.02279, Eq. 14). So the student is cut there:
+both losses are differentiated down to its input, which gives the layer's own gradients on the way; the weighted sum then goes
+through the rest of the student once, both losses' images in one batch. Written literally, each ratio costs further backward
+passes through the frozen average.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastcm import ops
+from fastcm.data.batch import Batch
+from fastcm.diffusion.adversarial import adaptive_weight
+from fastcm.diffusion.preconditioners import Scalings
+from fastcm.kernels.philox import PhiloxKey
+from fastcm.objectives.base import Networks, TrainingBatch, noise_key
+from fastcm.objectives.ctm import CTM, Jumps
+from fastcm.random import Stream
+from fastcm.train.step import parts_of
+
+# Unit normal noise, or the key to draw it.
+Noise = PhiloxKey | Float[Tensor, "N C H W"]
+
+
+class Noised(NamedTuple):
+    """Images at one noise level each: the level, the scalings there, x, and what the network is given of x."""
+
+    sigma_N: Float[Tensor, " N"]
+    scalings: Scalings
+    x_NCHW: Float[Tensor, "N C H W"]
+    input_NCHW: Float[Tensor, "N C H W"]
+
+
+class CTMStep:
+    """Accumulate the gradient of the mean of consistency loss + lambda denoising loss into ``.grad``.
+
+    The teacher's solver step, the targets, the student's trunk and each loss are compiled once, whatever the number of
+    solver steps, which is known on the host without asking the device. Raises ValueError for a student without a second time.
+    """
+
+    def __init__(self, networks: Networks, objective: CTM, seed: int, microbatch_size: int, compiled: bool) -> None:
+        if not networks.student.second_time:
+            raise ValueError("CTM needs a network with a second time (network.second_time=true)")
+        self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
+        self._solver_step = _compiled(objective.solver_step, compiled)
+        self._target_image = _compiled(objective.target_image, compiled)
+        self._trunk = _compiled(self._plain_trunk, compiled)
+        self._consistency = _compiled(self._plain_consistency, compiled)
+        self._denoising = _compiled(self._plain_denoising, compiled)
+
+    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], first_image: int) -> tuple[Tensor, Tensor]:
+        """Consistency loss and noise level t of every image, detached; ``first_image`` names the draw of the solver steps."""
+        num_steps = self.objective.num_solver_steps(self.seed, first_image)
+        losses, levels = [], []
+        for part in parts_of(batch, self.microbatch_size):
+            jumps = self.objective.jumps(part.index, self.seed, num_steps)
+            dsm = self.objective.dsm_sigma(part.index, self.seed), Stream(self.seed, "dsm_noise").at(part.index)
+            share = len(part.index) / len(batch.index)
+            losses.append(self.accumulate(part, jumps, num_steps, noise_key(part, self.seed), *dsm, share))
+            levels.append(jumps.t_N)
+        return torch.cat(losses), torch.cat(levels)
+
+    def accumulate(
+        self,
+        batch: TrainingBatch,
+        jumps: Jumps,
+        num_steps: int,
+        noise: Noise,
+        dsm_sigma_N: Float[Tensor, " N"],
+        dsm_noise: Noise,
+        share: float = 1.0,
+    ) -> Float[Tensor, " N"]:
+        """Add the gradient at given noise levels, with unit normal noises or their keys, times ``share``.
+
+        Returns the consistency loss of each image, detached.
+        """
+        at_t = self._noised(batch, jumps.t_N, noise)
+        target_NCHW = self.target(at_t.x_NCHW, jumps, num_steps, batch.labels)
+        points, second = [at_t], [self._second(self.objective.jumped_to(jumps))]
+        if self.objective.dsm != "none":
+            points.append(self._noised(batch, dsm_sigma_N, dsm_noise))
+            second.append(points[1].scalings.c_noise)
+        features = self._features(points, second, batch.labels)
+        leaves = [part.detach().requires_grad_() for part in features.split(len(batch.images))]
+        layer = list(self.networks.student.net.head.parameters())
+        loss_N = self._consistency(leaves[0], layer, at_t, target_NCHW, jumps, batch.labels)
+        by_layer, by_features = _gradients(loss_N.mean(), layer, leaves[0])
+        if self.objective.dsm != "none":
+            dsm_N = self._denoising(leaves[1], layer, points[1], batch.images)
+            dsm_layer, dsm_features = _gradients(dsm_N.mean(), layer, leaves[1])
+            factor = self._dsm_factor(by_layer[0], dsm_layer[0])
+            by_layer = [one + factor * other for one, other in zip(by_layer, dsm_layer, strict=True)]
+            by_features = torch.cat([by_features, factor * dsm_features])
+        features.backward(share * by_features)
+        _add_gradients(layer, [share * gradient for gradient in by_layer])
+        return loss_N.detach()
+
+    @torch.no_grad()
+    def target(
+        self, x_t_NCHW: Float[Tensor, "N C H W"], jumps: Jumps, num_steps: int, labels: Tensor | None
+    ) -> Float[Tensor, "N C H W"]:
+        """What the estimates from x_t must come to."""
+        return self._target_image(self.networks, self.solve(x_t_NCHW, jumps, num_steps, labels), jumps, labels)
+
+    @torch.no_grad()
+    def solve(self, x_NCHW: Tensor, jumps: Jumps, num_steps: int, labels: Tensor | None) -> Float[Tensor, "N C H W"]:
+        """x_u: num_steps Heun steps of the teacher from t, or one jump of the average; no gradient."""
+        if not self.objective.needs_teacher:
+            return self.networks.target.jump(x_NCHW, jumps.t_N, jumps.u_N, labels)
+        for t_N, r_N in pairwise(self.objective.solver_level(jumps, step) for step in range(num_steps + 1)):
+            x_NCHW = self._solver_step(self.networks.teacher, x_NCHW, t_N, r_N, labels)
+        return x_NCHW
+
+    def _second(self, s_N: Tensor) -> Tensor:
+        """What the student is told of the level to jump to."""
+        student = self.networks.student
+        return student.precond.scalings(student.trajectory.second_level(s_N)).c_noise
+
+    def _features(self, points: list[Noised], second: list[Tensor], labels: Tensor | None) -> Tensor:
+        """The student's features before its last layer for all points in one batch."""
+        inputs, c_noise = (
+            torch.cat(values) for values in zip(*((p.input_NCHW, p.scalings.c_noise) for p in points), strict=True)
+        )
+        labels = None if labels is None else labels.repeat(len(points), 1)
+        return self._trunk(inputs, c_noise, torch.cat(second), labels)
+
+    def _noised(self, batch: TrainingBatch, sigma_N: Tensor, noise: Noise) -> Noised:
+        scalings = self.objective.precond.scalings(sigma_N)
+        noised = ops.add_noise(batch.images, noise, sigma_N, scalings.c_in, dtype=self.networks.student.dtype)
+        return Noised(sigma_N, scalings, noised.x_t, noised.input_t)
+
+    def _plain_trunk(self, input_NCHW: Tensor, c_noise_N: Tensor, second_N: Tensor, labels: Tensor | None) -> Tensor:
+        return self.networks.student.net.trunk(input_NCHW, c_noise_N, second_N, labels)
+
+    def _plain_consistency(
+        self, features: Tensor, layer: list[Tensor], at_t: Noised, target_NCHW: Tensor, jumps: Jumps, labels: Tensor | None
+    ) -> Tensor:
+        g_NCHW = self._inner(features, layer, at_t)
+        level_N = self.objective.jumped_to(jumps)
+        x_s_NCHW = self.networks.student.trajectory.jump(at_t.x_NCHW, g_NCHW, jumps.t_N, level_N)
+        return self.objective.consistency_loss(self.networks, x_s_NCHW, target_NCHW, jumps, labels)
+
+    def _plain_denoising(self, features: Tensor, layer: list[Tensor], at_sigma: Noised, clean_NCHW: Tensor) -> Tensor:
+        g_NCHW = self._inner(features, layer, at_sigma)
+        D_NCHW = self.networks.student.trajectory.denoised(at_sigma.x_NCHW, g_NCHW, at_sigma.sigma_N)
+        return self.objective.denoising_loss(D_NCHW, clean_NCHW, at_sigma.sigma_N)
+
+    def _inner(self, features: Tensor, layer: list[Tensor], point: Noised) -> Tensor:
+        """g = c_skip x + c_out F with F from the input of the last layer, through the layer's parameters as they are given."""
+        weight, bias = layer
+        head = self.networks.student.net.head
+        F_NCHW = torch.func.functional_call(head, {"weight": weight, "bias": bias}, (features,))
+        F_NCHW = F_NCHW[:, : self.networks.student.image_shape[0]].float()
+        c_skip, c_out = (value[:, None, None, None] for value in point.scalings[:2])
+        return c_skip * point.x_NCHW + c_out * F_NCHW
+
+    def _dsm_factor(self, reference: Tensor, other: Tensor) -> Tensor | float:
+        """lambda: fixed, or the ratio of the two gradients of the last layer's weight."""
+        if self.objective.dsm == "fixed":
+            return self.objective.dsm_weight
+        return adaptive_weight(reference.norm(), other.norm())
+
+
+def _compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
+
+
+def _gradients(loss: Tensor, layer: list[Tensor], features: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The gradient of a loss by the parameters of the last layer, and by its input."""
+    *by_layer, by_features = torch.autograd.grad(loss, [*layer, features])
+    return by_layer, by_features
+
+
+@torch.no_grad()
+def _add_gradients(parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
