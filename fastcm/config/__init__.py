@@ -7,6 +7,7 @@ from fastcm.config.files import load_config, parse_config, shipped_configs
 from fastcm.config.network import BundleNetworkConfig, EDM2Config, FamilyOverrides, NetworkConfig, UNetConfig
 from fastcm.config.objective import (
     CDObjectiveConfig,
+    CTMObjectiveConfig,
     CTObjectiveConfig,
     DiscreteObjectiveConfig,
     ECTObjectiveConfig,
@@ -20,6 +21,7 @@ from fastcm.config.run import ComputeConfig, Config, DataConfig, EMAConfig, Opti
 __all__ = [
     "BundleNetworkConfig",
     "CDObjectiveConfig",
+    "CTMObjectiveConfig",
     "CTObjectiveConfig",
     "ComputeConfig",
     "Config",

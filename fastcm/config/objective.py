@@ -108,7 +108,42 @@ class PDObjectiveConfig(Section):
     weight: Weight = "truncated_snr"
 
 
+class CTMObjectiveConfig(Section):
+    """Consistency trajectory model (arXiv 2310.02279); ``fastcm.objectives.CTM`` explains each field."""
+
+    kind: Literal["ctm"]
+    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    rho: Annotated[float, Field(gt=0)] = 7.0
+    num_levels: Positive = 18
+    max_solver_steps: Positive = 17  # Heun steps of the teacher between t and u
+    continuous: bool = False  # t and s between the levels, too
+    x_u: Literal["teacher", "self"] = "teacher"  # self: no teacher, for training from scratch
+    inner: Literal["edm", "edm_boundary"] = "edm"
+    outer: Literal["euler", "variance", "euler_variance_mixed"] = "euler"
+    target_student: bool = True  # targets jump to s by the student's own weights, not by its average's
+    estimate_level: Literal["s", "u"] = "s"
+    target_halflife_images: Annotated[float, Field(gt=0)] = 177_360.0  # of the average that gives targets
+    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips"] = "lpips"
+    c: Annotated[float, Field(ge=0)] = 0.0
+    weight: Literal["uniform", "edm", "snr", "snr_plus_one", "truncated_snr", "uniform_g"] = "uniform"
+    dsm: Literal["adaptive", "fixed", "none"] = "adaptive"  # weight of the denoising loss
+    dsm_weight: Annotated[float, Field(ge=0)] = 1.0
+    p_mean: float = -1.2
+    p_std: Annotated[float, Field(gt=0)] = 1.2
+    dsm_place: Annotated[float, Field(gt=0, le=1)] = 0.7
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.0  # of sampling: 0 jumps without noise, 1 is a consistency model's sampler
+    mid_sigmas: MidSigmas = ()
+
+
 ObjectiveConfig = Annotated[
-    EDMObjectiveConfig | ECTObjectiveConfig | CDObjectiveConfig | CTObjectiveConfig | ICTObjectiveConfig | PDObjectiveConfig,
+    EDMObjectiveConfig
+    | ECTObjectiveConfig
+    | CDObjectiveConfig
+    | CTObjectiveConfig
+    | ICTObjectiveConfig
+    | PDObjectiveConfig
+    | CTMObjectiveConfig,
     Field(discriminator="kind"),
 ]

@@ -1,6 +1,5 @@
 """Losses of the adversarial stage and the weight that balances two losses."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -16,13 +15,6 @@ def generator_hinge(fake_NK: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
 def discriminator_hinge(real_NK: Float[Tensor, "N K"], fake_NK: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
     """mean_k max(0, 1 - D_k(x_real)) + mean_k max(0, 1 + D_k(x_fake)) of each pair; arXiv 1802.05957, Eq. 16."""
     return F.relu(1 - real_NK).mean(1) + F.relu(1 + fake_NK).mean(1)
-
-
-def gradient_norm(loss: Float[Tensor, ""], last_layer: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """||d loss / d last_layer||_2 in fp32 or better, a constant; the graph of the loss stays for the backward pass."""
-    (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
 
 
 def adaptive_weight(

@@ -81,9 +81,11 @@ class DigitEvaluator:
         return float(np.mean([frechet_distance(one, half) for one in sets for halves in self.splits for half in halves]))
 
     def samples(self, model: Model, seed: int = 0) -> dict[str, np.ndarray]:
-        """Sample sets to measure, by name: 35-evaluation Heun of a diffusion model, 2 and 1 steps of a consistency model."""
+        """Sample sets to measure, by name: 35-evaluation Heun of a diffusion model, 2 and 1 steps of a few-step model."""
         if model.sampling.sampler == "heun":
             names = {f"{2 * HEUN_STEPS - 1}-evaluation Heun": HEUN_STEPS}
+        elif model.sampling.sampler == "euler":
+            names = {f"{model.sampling.steps} Euler steps": model.sampling.steps}
         else:
             names = {"2 steps": 2, "1 step": 1}
         return {name: to_uint8(sample(model, NUM_SETS * self.num, steps, seed)) for name, steps in names.items()}

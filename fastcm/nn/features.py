@@ -17,7 +17,7 @@ from fastcm.random import Stream
 
 NUM_MAPS = 4
 EPS = 1e-8
-Maps = list[Float[Tensor, "N C H W"]]
+Maps = list[Float[Tensor, "N _ _ _"]]
 
 
 class MapShape(NamedTuple):
@@ -119,7 +119,7 @@ class FeatureDistance(Frozen):
         return map_distance(network(x_NCHW), targets)
 
 
-def map_distance(x_maps: Maps, y_maps: Maps, weights: Sequence[Float[Tensor, " C"]] | None = None) -> Float[Tensor, " N"]:
+def map_distance(x_maps: Maps, y_maps: Maps, weights: Sequence[Float[Tensor, " _"]] | None = None) -> Float[Tensor, " N"]:
     """sum_l mean_hw sum_c w_lc (x^_l - y^_l)^2 with x^ = x / sqrt(||x||^2 + 1e-8), the norm over the channels.
 
     fp32 or better, whatever the dtype of the maps; w = 1 without weights. arXiv 1801.03924, Eq. 1 (with w for its w^2).

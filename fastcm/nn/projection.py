@@ -25,7 +25,7 @@ class FrozenConv(nn.Module):
         # A transposed convolution with stride = kernel is a 1x1 convolution to kernel^2 times the channels.
         shape = (out_channels * kernel**2, in_channels, 1, 1) if up else (out_channels, in_channels, kernel, kernel)
         self.factor = kernel if up else 1
-        self.register_buffer("weight", torch.full(shape, math.nan))
+        self.register_buffer("weight", torch.full(shape, math.nan).to(memory_format=torch.channels_last))
 
     def init_weights(self, seed: int, name: str) -> None:
         """Fill the buffer from the stream init/<name>.weight."""
@@ -49,7 +49,7 @@ class RandomProjection(Frozen):
     All weights are random and fixed. arXiv 2111.01007, section 3.2; arXiv 2202.00273, section 3.2.
 
     Arguments: shapes, of the incoming maps; cout = 64 as published; scale_kernel: 3 as in the paper, 1 as in the networks
-    that StyleGAN-XL and CTM were trained with, which is a fifth of the operations. ``shapes`` are those that come out.
+    that StyleGAN-XL and CTM were trained with, a sixth of the operations (EfficientNet-Lite0). ``shapes`` are what comes out.
     """
 
     def __init__(self, shapes: Sequence[MapShape], *, cout: int = 64, scale_kernel: Literal[1, 3] = 3) -> None:

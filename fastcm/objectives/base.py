@@ -6,6 +6,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fastcm.diffusion.preconditioners import Preconditioner
+from fastcm.diffusion.trajectory import Trajectory
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import Model
 from fastcm.random import Stream
@@ -64,6 +65,7 @@ class Objective:
     """
 
     precond: Preconditioner  # to train with
+    trajectory: Trajectory = Trajectory()  # how jumps are made of a network with a second time
     needs_teacher: bool = False
     needs_perceptual: bool = False
 

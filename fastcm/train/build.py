@@ -16,6 +16,7 @@ from fastcm.config import (
     BundleNetworkConfig,
     ComputeConfig,
     Config,
+    CTMObjectiveConfig,
     DataConfig,
     DiscreteObjectiveConfig,
     EDMObjectiveConfig,
@@ -104,7 +105,7 @@ def open_dataset(config: DataConfig, device: torch.device) -> ResidentDataset:
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a phase's section describes."""
-    return OBJECTIVES[config.kind](**config.model_dump(exclude={"kind", "mid_sigmas"}))
+    return OBJECTIVES[config.kind](**config.model_dump(exclude={"kind", "mid_sigmas", "gamma"}))
 
 
 def sampling_form(config: ObjectiveConfig) -> tuple[dict[str, Any], SamplingDefaults]:
@@ -119,6 +120,8 @@ def _sampling_defaults(config: ObjectiveConfig) -> SamplingDefaults:
         return SamplingDefaults("euler")
     if isinstance(config, EDMObjectiveConfig):
         return SamplingDefaults("heun")
+    if isinstance(config, CTMObjectiveConfig):
+        return SamplingDefaults("trajectory", config.mid_sigmas, gamma=config.gamma)
     # Discrete consistency models return to a noise level from sigma_min, where their output lies, others from 0.
     floor = config.sigma_min if isinstance(config, DiscreteObjectiveConfig) else 0.0
     return SamplingDefaults("consistency", config.mid_sigmas, floor)

@@ -41,12 +41,10 @@ class CTMStep:
     """Accumulate the gradient of the mean of consistency loss + lambda denoising loss into ``.grad``.
 
     The teacher's solver step, the targets, the student's trunk and each loss are compiled once, whatever the number of
-    solver steps, which is known on the host without asking the device. Raises ValueError for a student without a second time.
+    solver steps, which is known on the host without asking the device.
     """
 
     def __init__(self, networks: Networks, objective: CTM, seed: int, microbatch_size: int, compiled: bool) -> None:
-        if not networks.student.second_time:
-            raise ValueError("CTM needs a network with a second time (network.second_time=true)")
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
         self._solver_step = _compiled(objective.solver_step, compiled)
         self._target_image = _compiled(objective.target_image, compiled)

@@ -17,6 +17,8 @@ from fastcm.train.optimizer import WeightAverage
 # What a network may give up when it is trained on: an absent augmentation label contributes nothing, and the log
 # variance belongs to the loss it was trained with.
 DROPPABLE = ("map_augment.", "logvar_")
+# What it may get besides: a second time, which has no effect at first.
+SECOND_TIME = ("map_layer0_s.", "map_layer1_s.", ".affine_s.")
 
 
 def target_model(student: Model, average: WeightAverage) -> Model:
@@ -47,9 +49,14 @@ def teacher_model(settings: PhaseConfig, before: BundleHeader | None, dtype: tor
 
 
 def copy_weights(net: torch.nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
-    """Fill parameters and buffers in, leaving out what the weights have more of a kind that can be given up."""
+    """Fill parameters and buffers in, leaving out what the weights have more of a kind that can be given up.
+
+    A second time that the weights lack stays as it is. Raises CheckpointError for any other difference.
+    """
     wanted = net.state_dict()
     kept = {name: value for name, value in weights.items() if name in wanted or not name.startswith(DROPPABLE)}
+    if not any(part in name for name in kept for part in SECOND_TIME):
+        wanted = {name: value for name, value in wanted.items() if not any(part in name for part in SECOND_TIME)}
     copy_into(wanted, kept, "", origin)
 
 

@@ -1,7 +1,9 @@
 """One phase at work: network, objective, optimizer and weight averages, advanced one batch at a time."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +60,8 @@ class Phase:
         header, settings = self.header, self.settings
         dropout = {"dropout": settings.dropout, "dropout_max_resolution": settings.dropout_max_resolution}
         net = build_network(self.config.network, data.image_shape, header.label_dim, header.augment_dim, **dropout)
-        model = Model(net, self.objective.precond, data.image_shape, label_dim=header.label_dim, dtype=self.dtype)
+        options = {"label_dim": header.label_dim, "dtype": self.dtype, "trajectory": self.objective.trajectory}
+        model = Model(net, self.objective.precond, data.image_shape, **options)
         return model.to(self.device).train()
 
     def _build_target(self) -> Model | None:
@@ -88,12 +91,11 @@ class Phase:
 
     def start(self, previous: Mapping[str, Tensor] | None) -> None:
         """Fill the weights in as the phase's ``init`` says; ``previous`` are the averaged weights of the phase before."""
-        if self.settings.init == "fresh" or (self.settings.init == "previous" and previous is None):
-            self.model.net.init_weights(self.config.seed)
-        elif self.settings.init == "previous":
-            copy_weights(self.model.net, previous, Path("previous phase"))
-        else:
+        self.model.net.init_weights(self.config.seed)
+        if self.settings.init not in ("fresh", "previous"):
             copy_weights(self.model.net, bundle_weights(Path(self.settings.init)), Path(self.settings.init))
+        elif self.settings.init == "previous" and previous is not None:
+            copy_weights(self.model.net, previous, Path("previous phase"))
         if self.networks.teacher is not None and teacher_source(self.settings) == "previous":
             copy_weights(self.networks.teacher.net, previous, Path("previous phase"))
         self.model.net.constrain_weights(self._scalar(1.0))
@@ -190,6 +192,7 @@ def phase_header(config: Config, name: str, data: ResidentDataset) -> BundleHead
         preconditioner=precond,
         sampling=sampling,
         emas=tuple(config.phases[name].emas),
+        trajectory=_trajectory(config, name),
         trained={
             "phase": name,
             "images": 0,
@@ -198,6 +201,12 @@ def phase_header(config: Config, name: str, data: ResidentDataset) -> BundleHead
             "fingerprint": data.fingerprint,
         },
     )
+
+
+def _trajectory(config: Config, name: str) -> dict[str, Any] | None:
+    """The parametrisation of jumps, of networks that make any."""
+    jumps = getattr(config.network, "second_time", False)
+    return asdict(build_objective(config.phases[name].objective).trajectory) if jumps else None
 
 
 def compile_step(config: Config, device: torch.device) -> bool:

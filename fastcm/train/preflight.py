@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastcm.config import Config, PhaseConfig
+from fastcm.config import Config, CTMObjectiveConfig, PhaseConfig
 from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.bundle import BundleHeader, model_from_header, read_bundle
@@ -28,6 +28,8 @@ def check_phases(config: Config, data: ResidentDataset, first: str) -> None:
         with torch.device("meta"):
             model_from_header(header, origin=Path(name))
         before = phase_header(config, names[number - 1], data) if number else None
+        if isinstance(settings.objective, CTMObjectiveConfig) and not header.network.get("second_time"):
+            raise ConfigError(f"phases.{name}: CTM jumps between two times; set network.second_time to true")
         if number >= names.index(first):
             _check_start(name, settings, header, before)
         _check_teacher(name, settings, header, before)
@@ -77,10 +79,15 @@ def _check_bundle(path: Path, needed: BundleHeader) -> None:
 
 
 def _architecture(found: BundleHeader, needed: BundleHeader) -> dict[str, tuple[Any, Any]]:
-    """What each network has for every key of its configuration; a log variance that is not needed may be given up."""
+    """What each network has for every key of its configuration.
+
+    A log variance that is not needed may be given up, and a second time that is not there yet may be added.
+    """
     pairs = {f"network.{key}": (found.network.get(key), value) for key, value in needed.network.items()}
     if not needed.network.get("logvar_channels"):
         pairs.pop("network.logvar_channels", None)
+    if needed.network.get("second_time") and not found.network.get("second_time"):
+        pairs.pop("network.second_time")
     return pairs
 
 

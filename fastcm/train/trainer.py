@@ -156,7 +156,8 @@ class Trainer:
     def draw(self, phase: Phase) -> None:
         """Write grids of samples at fixed latents: 1 and 2 steps, and Heun while a diffusion model is trained."""
         settings, model = self.config.telemetry, phase.sampling_model()
-        grids = {"1step": ("consistency", 1), "2step": ("consistency", 2)}
+        few = "trajectory" if model.sampling.sampler == "trajectory" else "consistency"
+        grids = {"1step": (few, 1), "2step": (few, 2)}
         if model.sampling.sampler in ("heun", "euler"):
             grids[model.sampling.sampler] = (model.sampling.sampler, model.sampling.steps or settings.heun_steps)
         for kind, (sampler, steps) in grids.items():
