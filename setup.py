@@ -26,9 +26,13 @@ DEPENDENCIES = [
 ]
 HUB_DEPENDENCIES = ["huggingface_hub>=1.32"]
 DIFFUSERS_DEPENDENCIES = ["diffusers>=0.42"]
+FEATURES_DEPENDENCIES = ["timm>=1.0.31", "torchvision>=0.25", "torchmetrics>=1.9"]
+LIKELIHOOD_DEPENDENCIES = ["torchdiffeq>=0.2.5"]
 DEV_DEPENDENCIES = [
     *HUB_DEPENDENCIES,
     *DIFFUSERS_DEPENDENCIES,
+    *FEATURES_DEPENDENCIES,
+    *LIKELIHOOD_DEPENDENCIES,
     "pytest>=8",
     "pytest-xdist>=3.5",
     "pytest-benchmark>=4",
@@ -50,7 +54,13 @@ setup(
     package_dir={"fastcm": "fastcm", "fastcm.kernels": "kernels", "fastcm.configs": "configs"},
     package_data={"fastcm.configs": ["*.yaml"], "fastcm.train": ["*.html"], "fastcm.kernels": ["*/pinned/*.json"]},
     install_requires=DEPENDENCIES,
-    extras_require={"dev": DEV_DEPENDENCIES, "hub": HUB_DEPENDENCIES, "diffusers": DIFFUSERS_DEPENDENCIES},
+    extras_require={
+        "dev": DEV_DEPENDENCIES,
+        "hub": HUB_DEPENDENCIES,
+        "diffusers": DIFFUSERS_DEPENDENCIES,
+        "features": FEATURES_DEPENDENCIES,
+        "likelihood": LIKELIHOOD_DEPENDENCIES,
+    },
     entry_points={"console_scripts": ["fastcm = fastcm.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -14,6 +14,7 @@ import click
 
 from fastcm import __version__
 from fastcm.errors import FastcmError
+from fastcm.evaluate.likelihood_options import likelihood_options
 
 log = logging.getLogger("fastcm")
 
@@ -62,7 +63,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    help="Network evaluations of a consistency model, Heun steps of a diffusion model; default 2 or 18.",
+    help="Network evaluations of a consistency or trajectory model, Heun steps of a diffusion model; default 2 or 18.",
 )
 @click.option("--num", default=64, show_default=True, type=click.IntRange(1, 10_000_000), help="Number of images.")
 @click.option(
@@ -76,6 +77,12 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
     help="A .png grid, an .npz, or a folder.",
 )
 @click.option("--label", type=click.IntRange(0, 100_000), help="Class of every image; default a random one.")
+@click.option(
+    "--sampler",
+    type=click.Choice(["heun", "euler", "consistency", "trajectory"]),
+    help="Default the model's own; trajectory jumps, with networks that have a second time (CTM).",
+)
+@click.option("--gamma", type=float, help="Noise between jumps, from 0 (none) to 1; default the model's own.")
 @click.option(
     "--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more."
 )
@@ -93,6 +100,7 @@ def sample(
     ema: str,
     batch_size: int,
     device: str,
+    **sampler: str | float | None,
 ) -> None:
     """Draw images from MODEL, a bundle or a run folder."""
     from fastcm.config import ComputeConfig
@@ -106,7 +114,8 @@ def sample(
     with compute_settings(ComputeConfig()):
         network = load(model, ema=ema, device=select_device(device))
         labels = draw_labels(network, num, seed, label)
-        images = draw(network, num, steps, seed, labels=labels, mid_sigmas=mid_sigmas or None, batch_size=batch_size)
+        options = {"mid_sigmas": mid_sigmas or None, "batch_size": batch_size, **sampler}
+        images = draw(network, num, steps, seed, labels=labels, **options)
     save_images(out, images, labels)
     click.echo(f"{num} images: {out}")
 
@@ -132,6 +141,28 @@ def evaluate(model: Path, seed: int, device: str) -> None:
 
 
 @cli.command()
+@likelihood_options
+def likelihood(
+    model: Path, data: Path | None, kind: str, device: str, file: Path | None, **options: str | float | None
+) -> None:
+    """Measure bits per dimension of MODEL, a bundle or a run folder, on DATA of the format --kind, by the ODE.
+
+    \b
+    fastcm likelihood runs/digits/pretrain.safetensors --probes 4
+    fastcm likelihood edm.safetensors cifar-10-binary.tar.gz --kind cifar10 --num 1000 --json bpd.json
+    """
+    from fastcm.config import ComputeConfig
+    from fastcm.evaluate.likelihood import measure_likelihood
+    from fastcm.train.build import compute_settings, select_device
+
+    with compute_settings(ComputeConfig()):
+        found = measure_likelihood(model, kind, data, device=select_device(device), **options)
+    if file:
+        found.write(file)
+    click.echo("\n".join(found.lines()))
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--std", "stds", multiple=True, required=True, type=float, help="Relative width, 0.05 for 5 %; repeat for more.")
 @click.option("--images", type=click.IntRange(1), help="Images of the phase at its end; default those of the last snapshot.")
@@ -153,10 +184,13 @@ def ema(run: Path, stds: tuple[float, ...], images: int | None, phase: str, out:
     click.echo("\n".join(made.describe()))
 
 
+EXPORTS = ["hf", "diffusers", "safetensors", "edm", "openai", "edm2"]
+
+
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--format", "layout", required=True, type=click.Choice(["hf", "diffusers", "safetensors"]))
+@click.option("--format", "layout", required=True, type=click.Choice(EXPORTS))
 @click.option("--ema", default="", help="Weight average to write, or 'net' for the raw weights; default the first average.")
 def export(model: Path, dst: Path, layout: str, ema: str) -> None:
     """Write MODEL, a bundle or a run folder, for others to DST.
@@ -165,11 +199,59 @@ def export(model: Path, dst: Path, layout: str, ema: str) -> None:
     hf           folder for the Hugging Face Hub: config.json and model.safetensors
     diffusers    folder for diffusers.ConsistencyModelPipeline, for OpenAI's network only
     safetensors  one file for fastcm.load, with one set of weights
+    edm          state dict as safetensors under EDM's names; also openai and edm2, where the network is theirs
     """
     from fastcm.integrations.export import FORMATS
 
     note = FORMATS[layout](model, dst, ema)
     click.echo(f"{layout}: {dst}\n{note}")
+
+
+def _list_presets(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from fastcm.convert.options import preset_table
+
+        click.echo(preset_table())
+        context.exit()
+
+
+@cli.command()
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--preset", default="", help="What the authors of a published file say of it, see --list-presets.")
+@click.option("--list-presets", is_flag=True, is_eager=True, expose_value=False, callback=_list_presets, help="List them.")
+@click.option("--weights", help="ema, net, or the width of an average, such as 0.1; default ema where there is one.")
+@click.option("--resolution", type=click.IntRange(1), help="Side of the images in pixels (OpenAI's network).")
+@click.option("--label-dim", type=click.IntRange(0), help="Number of classes, checked against the file.")
+@click.option("--channels-per-head", type=click.IntRange(1), help="Width of an attention head; published files have 64.")
+@click.option("--heads", "num_heads", type=click.IntRange(1), help="Number of attention heads instead.")
+@click.option("--heads-up", "num_heads_up", type=click.IntRange(1), help="The same in the decoder; default --heads.")
+@click.option("--qkv", type=click.Choice(["plain", "head-major"]), help="Order of the rows of OpenAI's attention.")
+@click.option(
+    "--preconditioner", type=click.Choice(["edm", "edm_boundary", "vp", "ve", "iddpm", "direct"]), help="Scalings it needs."
+)
+@click.option("--sigma-data", type=click.FloatRange(0, min_open=True), help="Of edm, edm_boundary and direct.")
+@click.option("--sigma-min", type=click.FloatRange(0, min_open=True), help="Of edm_boundary: D(x; sigma_min) = x.")
+@click.option("--outer", type=click.Choice(["euler", "variance", "euler_variance_mixed"]), help="How a CTM network jumps.")
+@click.option("--sampler", type=click.Choice(["heun", "euler", "consistency"]), help="How it is sampled by default.")
+@click.option("--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Level between its steps; repeat for more.")
+def convert(
+    src: Path, dst: Path, preset: str, qkv: str | None, mid_sigmas: tuple[float, ...], **options: str | int | float | None
+) -> None:
+    """Make the bundle DST of a published checkpoint SRC: EDM, EDM2, ECT, OpenAI, CTM, diffusers, Hugging Face.
+
+    SRC is a .pkl, .pt or safetensors file, or a folder; nothing in it is executed.
+
+    \b
+    fastcm convert edm-cifar10-32x32-uncond-vp.pkl edm.safetensors
+    fastcm convert cd_imagenet64_lpips.pt cd.safetensors --preset cd_imagenet64_lpips
+    """
+    from fastcm.convert import Options
+    from fastcm.convert import convert as run_conversion
+
+    head_major = None if qkv is None else qkv == "head-major"
+    told = Options(head_major=head_major, mid_sigmas=mid_sigmas or None, **options)
+    click.echo("\n".join([*run_conversion(src, dst, told, preset=preset).lines(), f"bundle: {dst}"]))
 
 
 @cli.command()

@@ -15,14 +15,16 @@ from fastcm.kernels.philox import PhiloxKey
 class SamplingDefaults:
     """How a model is meant to be sampled.
 
-    sampler: "heun" or "euler" for diffusion models, or "consistency" with the noise levels mid_sigmas between its steps, which
-    noise is added up to from renoise_sigma_min. steps: how many, 0 for the sampler's usual number.
+    sampler: "heun" or "euler" for diffusion models, "consistency" with the noise levels mid_sigmas between its steps, which
+    noise is added up to from renoise_sigma_min, or "trajectory" for networks with a second time, with its gamma and, where it
+    is not to have Karras' levels, mid_sigmas. steps: how many, 0 for the sampler's usual number.
     """
 
     sampler: str
     mid_sigmas: tuple[float, ...] = ()
     renoise_sigma_min: float = 0.0
     steps: int = 0
+    gamma: float = 0.0
 
 
 class Model(nn.Module):

@@ -1,12 +1,16 @@
 """Consistency trajectory models: draws, the cut gradient against the literal one, training runs on the digits."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import run_cli
 from test_objectives import SHAPE, tiny_batch
 from test_training import TINY
 
-from fastcm.config import parse_config
+from fastcm.config import GANConfig, parse_config
+from fastcm.data.dataset import load_resident
+from fastcm.data.sources import open_source
 from fastcm.diffusion.adversarial import adaptive_weight
 from fastcm.errors import ConfigError
 from fastcm.io.bundle import load
@@ -15,7 +19,9 @@ from fastcm.nn import UNet
 from fastcm.objectives import CTM, Networks
 from fastcm.random import Stream
 from fastcm.sampling import sample
+from fastcm.train.checkpoint import load_newest
 from fastcm.train.ctm_step import CTMStep
+from fastcm.train.phase import Phase
 
 SMALL = {"model_channels": 8, "channel_mult": (1, 1), "num_blocks": 1, "attn_resolutions": (4,), "label_dim": 4}
 
@@ -224,3 +230,110 @@ def test_a_network_without_a_second_time_is_refused_before_training(tmp_path):
     run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
     assert run.returncode == 2
     assert "network.second_time" in run.stderr
+
+
+GAN = {
+    "features": {"discriminator": {"mobilenetv3_small_050": "random"}, "size": 64},
+    "gan": {"start_images": 32, "width": 16, "norm": "group", "augment": True},
+}
+
+
+def adversarial_config(**objective):
+    base = {"kind": "ctm", "num_levels": 8, "max_solver_steps": 2, "distance": "squared", "gan": GAN["gan"]}
+    return {**config_of(objective={**base, **objective}, duration_images=96), "features": GAN["features"]}
+
+
+def adversarial_phase(first_image=0):
+    config = parse_config(adversarial_config(), "tiny")
+    data = load_resident(open_source("digits", "", labels=False), device=torch.device("cpu"))
+    before = Phase(config, "pretrain", data, torch.device("cpu"), 0)
+    before.start(None)
+    phase = Phase(config, "distill", data, torch.device("cpu"), first_image)
+    phase.start(before.averaged_weights())
+    return phase
+
+
+def states(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before, module):
+    return any(not torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+
+
+def test_generator_and_discriminator_take_turns_once_the_adversarial_stage_has_begun():
+    phase, turns = adversarial_phase(first_image=64), []
+    for _ in range(6):
+        student, heads = states(phase.model.net), states(phase.adversary.discriminator.heads)
+        average = states(phase.networks.target.net)
+        phase.step()
+        turns.append((changed(student, phase.model.net), changed(heads, phase.adversary.discriminator.heads)))
+        assert changed(average, phase.networks.target.net) == turns[-1][0]
+    assert turns == [(True, False), (True, False), (True, False), (False, True), (True, False), (False, True)]
+    values = phase.adversary.read()
+    assert values["discriminator_loss"] > 0
+    assert "generator_loss" in values
+
+
+def test_generator_loss_is_weighed_against_consistency_at_the_last_layer():
+    objective = CTM(distance="squared", max_solver_steps=2, num_levels=8, dsm="none")
+    networks, batch = networks_of(objective), tiny_batch(4)
+    target = Stream(5, "to").image_normal(batch.index, SHAPE)
+
+    class Judge:
+        config = GANConfig(min_weight=0.0, max_weight=1e4)
+
+        def active(self, image):
+            return True
+
+        def generator_loss(self, fake, labels, index):
+            return (fake * target).flatten(1).sum(1)
+
+    step = CTMStep(networks, objective, 3, 0, False, Judge())
+    step(batch, {}, 0)
+    found = gradients_of(networks)
+    networks.student.zero_grad()
+    num_steps = objective.num_solver_steps(3, 0)
+    jumps = objective.jumps(batch.index, 3, num_steps)
+    x_t = batch.images + jumps.t_N[:, None, None, None] * Stream(3, "noise").image_normal(batch.index, SHAPE)
+    aim = step.target(x_t, jumps, num_steps, batch.labels)
+    x_s = networks.student.jump(x_t, jumps.t_N, jumps.s_N, batch.labels)
+    estimate = networks.target.jump(x_s, jumps.s_N, objective.sigma_min, batch.labels)
+    consistency = (estimate - aim).square().flatten(1).sum(1).mean()
+    gan = (estimate * target).flatten(1).sum(1).mean()
+    last = networks.student.net.head.weight
+    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (consistency, gan)]
+    (consistency + adaptive_weight(*norms, 0.0, 1e4) * gan).backward()
+    for name, gradient in gradients_of(networks).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item() + 1e-6)
+    # What the discriminator sees is the same estimate, without a graph.
+    fake = step.generate(batch, jumps)
+    assert not fake.requires_grad
+    torch.testing.assert_close(fake, estimate.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adversarial_run_resumes_bit_for_bit_and_logs_both_losses(tmp_path):
+    write(tmp_path / "tiny.yaml", adversarial_config())
+    whole = run_cli(tmp_path, "train", "tiny.yaml", "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert run_cli(tmp_path, "train", "tiny.yaml", "phases.distill.duration_images=64", "--out", "part").returncode == 0
+    assert run_cli(tmp_path, "train", "tiny.yaml", "--out", "part").returncode == 0
+    one, two = (newest(tmp_path / name) for name in ("whole", "part"))
+    assert one.keys() == two.keys()
+    assert any(name.startswith("adversary/heads/") for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    last = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert "discriminator_loss" in last
+
+
+def newest(run):
+    return load_newest(run / "checkpoints")[0]
+
+
+def test_feature_networks_without_weights_are_named_before_training(tmp_path):
+    config = adversarial_config()
+    config["features"] = {}
+    write(tmp_path / "tiny.yaml", config)
+    run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
+    assert run.returncode == 2
+    assert "features.discriminator" in run.stderr

@@ -171,3 +171,16 @@ def test_a_bundle_of_any_network_is_tuned_by_one_command(tmp_path):
     missing = run_cli(tmp_path, "train", "digits", "network={family: bundle}", "--out", "none")
     assert missing.returncode == 2
     assert "names no bundle" in missing.stderr
+
+
+def test_feature_distance_trains_with_weights_and_says_what_is_missing_without(tmp_path):
+    write_config(tmp_path / "tiny.yaml", "ict", duration_images=16)
+    distance = ["phases.distill.objective.distance=lpips", "features.lpips_resize=32"]
+    without = run_cli(tmp_path, "train", "tiny.yaml", *distance, "--out", "run")
+    assert without.returncode == 2
+    assert "features.lpips" in without.stderr
+    run = run_cli(tmp_path, "train", "tiny.yaml", *distance, "features.lpips=random", "--out", "run")
+    assert run.returncode == 0, run.stderr
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["phase"] == "distill"
+    assert line["loss"] > 0

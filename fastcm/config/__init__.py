@@ -3,6 +3,7 @@
 Every duration, interval and half-life counts images, so a change of batch size changes no schedule.
 """
 
+from fastcm.config.features import FeaturesConfig
 from fastcm.config.files import load_config, parse_config, shipped_configs
 from fastcm.config.network import BundleNetworkConfig, EDM2Config, FamilyOverrides, NetworkConfig, UNetConfig
 from fastcm.config.objective import (
@@ -12,11 +13,13 @@ from fastcm.config.objective import (
     DiscreteObjectiveConfig,
     ECTObjectiveConfig,
     EDMObjectiveConfig,
+    GANConfig,
     ICTObjectiveConfig,
     ObjectiveConfig,
     PDObjectiveConfig,
 )
-from fastcm.config.run import ComputeConfig, Config, DataConfig, EMAConfig, OptimizerConfig, PhaseConfig, TelemetryConfig
+from fastcm.config.optimizer import OptimizerConfig
+from fastcm.config.run import ComputeConfig, Config, DataConfig, EMAConfig, PhaseConfig, TelemetryConfig
 
 __all__ = [
     "BundleNetworkConfig",
@@ -32,6 +35,8 @@ __all__ = [
     "EDMObjectiveConfig",
     "EMAConfig",
     "FamilyOverrides",
+    "FeaturesConfig",
+    "GANConfig",
     "ICTObjectiveConfig",
     "NetworkConfig",
     "ObjectiveConfig",

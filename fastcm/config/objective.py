@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fastcm.config.optimizer import OptimizerConfig
 from fastcm.config.section import Positive, Section
 
 Weight = Literal["uniform", "inverse_gap", "edm", "snr", "snr_plus_one", "truncated_snr"]
@@ -108,6 +109,22 @@ class PDObjectiveConfig(Section):
     weight: Weight = "truncated_snr"
 
 
+class GANConfig(Section):
+    """The adversarial stage of CTM (arXiv 2310.02279, section 3.3); the feature networks stand in the section features."""
+
+    start_images: Annotated[int, Field(ge=0)] = 0  # of the phase; the discriminator begins there
+    period: Annotated[int, Field(ge=2)] = 2  # one step in so many is the generator's
+    conditional: bool = False  # show the discriminator the classes
+    augment: bool = True  # differentiable augmentation of what it sees
+    different_augment: bool = False  # other random numbers for generated images than for real ones
+    scale_kernel: Literal[1, 3] = 1  # of the random projection's cross-scale mixing
+    width: Annotated[int, Field(ge=8)] = 512  # of its heads
+    norm: Literal["batch", "group"] = "batch"  # group: logits do not depend on the other images of the batch
+    min_weight: Annotated[float, Field(ge=0)] = 0.01  # bounds of the adaptive weight of its loss
+    max_weight: Annotated[float, Field(gt=0)] = 10.0
+    optimizer: OptimizerConfig = OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9))
+
+
 class CTMObjectiveConfig(Section):
     """Consistency trajectory model (arXiv 2310.02279); ``fastcm.objectives.CTM`` explains each field."""
 
@@ -133,6 +150,7 @@ class CTMObjectiveConfig(Section):
     p_mean: float = -1.2
     p_std: Annotated[float, Field(gt=0)] = 1.2
     dsm_place: Annotated[float, Field(gt=0, le=1)] = 0.7
+    gan: GANConfig | None = None  # the adversarial stage
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.0  # of sampling: 0 jumps without noise, 1 is a consistency model's sampler
     mid_sigmas: MidSigmas = ()
 

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from fastcm.config.features import FeaturesConfig
 from fastcm.config.network import NetworkConfig, UNetConfig
 from fastcm.config.objective import ObjectiveConfig
+from fastcm.config.optimizer import OptimizerConfig
 from fastcm.config.section import Fraction, Positive, Section
 
 
@@ -28,18 +30,6 @@ class DataConfig(Section):
         if self.kind == "digits" and self.path:
             raise ValueError(f"path is '{self.path}', but the digits come with the package: set kind to what lies there")
         return self
-
-
-class OptimizerConfig(Section):
-    """Adam or RAdam with linear warm-up and, if asked for, inverse-square-root decay and a linear cool-down to zero."""
-
-    kind: Literal["adam", "radam"] = "adam"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    warmup_images: Annotated[int, Field(ge=0)] = 0
-    decay_images: Annotated[int, Field(ge=0)] = 0  # images after which lr falls as 1/sqrt(images), as EDM2's does; 0 = never
-    cooldown_images: Annotated[int, Field(ge=0)] = 0
 
 
 class EMAConfig(Section):
@@ -115,6 +105,7 @@ class Config(Section):
     network: NetworkConfig = UNetConfig()
     phases: Annotated[dict[str, PhaseConfig], Field(min_length=1)]
     compute: ComputeConfig = ComputeConfig()
+    features: FeaturesConfig = FeaturesConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")

@@ -5,7 +5,15 @@ Nothing here needs the other project installed, except ``HubModel`` (``pip insta
 
 from typing import Any
 
-__all__ = ["HubModel", "export_diffusers", "export_hub", "import_diffusers", "import_hub", "pipeline_timesteps"]
+__all__ = [
+    "HubModel",
+    "export_diffusers",
+    "export_hub",
+    "export_official",
+    "import_diffusers",
+    "import_hub",
+    "pipeline_timesteps",
+]
 
 _LAZY = {
     "HubModel": "hub",
@@ -14,6 +22,7 @@ _LAZY = {
     "export_diffusers": "diffusers",
     "import_diffusers": "diffusers",
     "pipeline_timesteps": "diffusers_config",
+    "export_official": "official",
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from fastcm.errors import ConfigError
 from fastcm.integrations.diffusers import export_diffusers
 from fastcm.integrations.hub_layout import export_hub, model_of_bundle
+from fastcm.integrations.official import export_official
 from fastcm.io.bundle import resolve_bundle, save_bundle
 
 # By format: (bundle or run folder, destination, weight average) -> what else to tell the user.
@@ -13,6 +14,9 @@ FORMATS: dict[str, Callable[[Path, Path, str], str]] = {
     "hf": lambda path, folder, ema: export_hub(path, folder, ema=ema) or "load it with fastcm.integrations.HubModel",
     "diffusers": lambda path, folder, ema: f"timesteps of the pipeline: {export_diffusers(path, folder, ema=ema)}",
     "safetensors": lambda path, file, ema: export_bundle(path, file, ema=ema) or "load it with fastcm.load",
+    "edm": lambda path, file, ema: export_official(path, file, "edm", ema=ema),
+    "openai": lambda path, file, ema: export_official(path, file, "openai", ema=ema),
+    "edm2": lambda path, file, ema: export_official(path, file, "edm2", ema=ema),
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastcm.config import NetworkConfig
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
+from fastcm.diffusion.trajectory import Trajectory
 from fastcm.errors import CheckpointError
 from fastcm.io.tensors import copy_into, read_tensors, write_tensors
 from fastcm.model import Model, SamplingDefaults
@@ -36,6 +37,7 @@ class BundleHeader:
     emas: tuple[str, ...]  # the first one is the default
     trained: dict[str, Any]  # phase, images, configuration hash, data fingerprint
     format: int = FORMAT
+    trajectory: dict[str, Any] | None = None  # a ``Trajectory``, of networks with a second time
 
     def after(self, images: int, sampling_steps: int = 0) -> "BundleHeader":
         """The same header for the state after ``images`` images of its phase, made for this number of steps (0: for any)."""
@@ -93,7 +95,9 @@ def model_from_header(header: BundleHeader, *, dtype: torch.dtype = torch.float3
         network = TypeAdapter(NetworkConfig).validate_python(header.network)
         arguments = dict(header.preconditioner)
         precond = PRECONDITIONERS[arguments.pop("kind")](**arguments)
+        trajectory = TypeAdapter(Trajectory).validate_python(header.trajectory or {})
     except (ValidationError, KeyError, TypeError) as error:
         raise CheckpointError(f"{origin}: damaged header: {' '.join(str(error).split())}") from None
     net = build_network(network, header.image_shape, header.label_dim, header.augment_dim)
-    return Model(net, precond, header.image_shape, label_dim=header.label_dim, dtype=dtype, sampling=header.sampling)
+    shape, label_dim, sampling = header.image_shape, header.label_dim, header.sampling
+    return Model(net, precond, shape, label_dim=label_dim, dtype=dtype, sampling=sampling, trajectory=trajectory)

@@ -179,16 +179,20 @@ class CTM(Objective):
         x_s_NCHW = carrier.jump(x_u_NCHW, jumps.u_N, jumps.s_N, labels)
         return networks.target.jump(x_s_NCHW, jumps.s_N, self.sigma_min, labels)
 
+    def estimate(
+        self, networks: Networks, x_s_NCHW: Float[Tensor, "N C H W"], jumps: Jumps, labels: Tensor | None
+    ) -> Float[Tensor, "N C H W"]:
+        """The student's images at s, carried on to sigma_min by the frozen average; Eq. 10."""
+        return networks.target.jump(x_s_NCHW, self.jumped_to(jumps), self.sigma_min, labels)
+
     def consistency_loss(
         self,
         networks: Networks,
-        x_s_NCHW: Float[Tensor, "N C H W"],
+        estimate_NCHW: Float[Tensor, "N C H W"],
         target_NCHW: Float[Tensor, "N C H W"],
         jumps: Jumps,
-        labels: Tensor | None,
     ) -> Float[Tensor, " N"]:
-        """The weighted distance of each estimate, carried on to sigma_min by the frozen average, to its target; Eq. 10."""
-        estimate_NCHW = networks.target.jump(x_s_NCHW, self.jumped_to(jumps), self.sigma_min, labels)
+        """The weighted distance of each estimate to its target; Eq. 10."""
         distance_N = distance_between(self.distance, estimate_NCHW, target_NCHW, self.c, networks.perceptual)
         return self.weight_of(jumps) * distance_N
 

@@ -1,13 +1,17 @@
 """Samplers in k-diffusion's convention, and ``sample``, which makes images from a model and a seed."""
 
 from fastcm.sampling.ablation import Ablation, sample_ablation
+from fastcm.sampling.classifier import Classifier, ClassifierGuided, sample_with_rejection
 from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
 from fastcm.sampling.edm import sample_euler, sample_heun
 from fastcm.sampling.generate import sample
 from fastcm.sampling.guidance import Guided
+from fastcm.sampling.trajectory import sample_trajectory
 
 __all__ = [
     "Ablation",
+    "Classifier",
+    "ClassifierGuided",
     "Guided",
     "consistency_sigmas",
     "sample",
@@ -15,4 +19,6 @@ __all__ = [
     "sample_consistency",
     "sample_euler",
     "sample_heun",
+    "sample_trajectory",
+    "sample_with_rejection",
 ]

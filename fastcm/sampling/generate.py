@@ -15,13 +15,15 @@ from fastcm.random import Stream
 from fastcm.sampling.common import NoiseSource, clip_range, round_sigmas
 from fastcm.sampling.consistency import TWO_STEP_SIGMA, consistency_sigmas, sample_consistency
 from fastcm.sampling.edm import sample_euler, sample_heun
+from fastcm.sampling.trajectory import sample_trajectory
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "heun": sample_heun,
     "euler": sample_euler,
     "consistency": sample_consistency,
+    "trajectory": sample_trajectory,
 }
-DEFAULT_STEPS = {"heun": 18, "euler": 18, "consistency": 2}
+DEFAULT_STEPS = {"heun": 18, "euler": 18, "consistency": 2, "trajectory": 2}
 
 
 def sample(
@@ -32,37 +34,43 @@ def sample(
     *,
     labels: int | Int64[Tensor, " num"] | Float[Tensor, "num L"] | None = None,
     batch_size: int = 256,
-    sampler: Literal["heun", "euler", "consistency"] | None = None,
+    sampler: Literal["heun", "euler", "consistency", "trajectory"] | None = None,
+    gamma: float | None = None,
     mid_sigmas: Sequence[float] | None = None,
-    index_offset: int = 0,
+    index_offset: int | Int64[Tensor, " num"] = 0,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
 ) -> Float32[Tensor, "num C H W"]:
     """``num`` images in about [-1, 1], fp32, on the model's device.
 
-    Image j has the global index index_offset + j; its latent, step noise and random label depend on that, on the seed
-    and on nothing else. sampler: the model's own (``model.sampling``) unless given. steps: noise levels above 0; "heun"
-    makes 2 steps - 1 network evaluations, the others steps; by default the model's own number, or 18, and 2 for "consistency".
+    Image j has the global index index_offset + j, or index_offset[j]; its latent, step noise and random label depend on that,
+    on the seed and on nothing else. sampler: the model's own (``model.sampling``) unless given; "trajectory" jumps and needs a
+    network with a second time, whose denoiser alone the others take. steps: "heun" makes 2 steps - 1 network evaluations, the
+    others steps; by default the model's own number, or 18, and 2 for "consistency" and "trajectory".
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
-    class-conditional model. mid_sigmas: intermediate noise levels of "consistency", by default the model's own or those
-    that lead to its last, see ``consistency_sigmas``. sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364,
-    Eq. 5), clipped to the model's range.
+    class-conditional model. gamma: of "trajectory", 0 for deterministic jumps to 1 for noise up to every level, see
+    ``sample_trajectory``; by default the model's own. mid_sigmas: noise levels between the steps; those of "consistency" are by
+    default the model's own or lead to its last, see ``consistency_sigmas``, those of "trajectory" the model's own or Karras'.
+    sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), clipped to the model's range; "trajectory" and
+    "euler" end at its sigma_min, with steps + 1 levels.
     Raises ConfigError for arguments that cannot work.
     """
     sampler = model.sampling.sampler if sampler is None else sampler
-    _check(num, batch_size, sampler, mid_sigmas)
+    _check(num, batch_size, sampler, mid_sigmas, gamma)
     if steps is None:
         steps = (model.sampling.steps if sampler == model.sampling.sampler else 0) or DEFAULT_STEPS[sampler]
     device = next(model.parameters()).device
-    sigmas = _grid(model, sampler, steps, mid_sigmas, sigma_min, sigma_max, rho).to(device)
-    index = torch.arange(index_offset, index_offset + num, device=device)
+    sigmas = _grid(model, sampler, steps, mid_sigmas, sigma_min, sigma_max, rho)
+    index = _global_indices(num, index_offset, device)
     labels = choose_labels(labels, index, seed, model.label_dim)
     indices = index.split(batch_size)
     per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
     run = SAMPLERS[sampler]
     if sampler == "consistency":
         run = partial(run, sigma_min=model.sampling.renoise_sigma_min)
+    elif sampler == "trajectory":
+        run = partial(run, gamma=model.sampling.gamma if gamma is None else gamma)
     return torch.cat([_sample(model, run, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
 
 
@@ -104,6 +112,12 @@ def choose_labels(
     return labels
 
 
+def _global_indices(num: int, offset: int | Tensor, device: torch.device) -> Int64[Tensor, " num"]:
+    if isinstance(offset, Tensor) and tuple(offset.shape) != (num,):
+        raise ConfigError(f"index_offset: expected a number, or one index for each of {num} images, got {tuple(offset.shape)}")
+    return offset.to(device) if isinstance(offset, Tensor) else torch.arange(offset, offset + num, device=device)
+
+
 def _grid(
     model: Model,
     sampler: str,
@@ -115,12 +129,14 @@ def _grid(
 ) -> Float64[Tensor, " S1"]:
     """The noise levels of a sampler, within the range of the model."""
     low, high = clip_range(model, sigma_min, sigma_max)
+    own = model.sampling.mid_sigmas
+    mid_sigmas = own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas
     if sampler == "consistency":
-        own = model.sampling.mid_sigmas
-        mid_sigmas = own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas
         return consistency_sigmas(steps, mid_sigmas, high, last_sigma=own[-1] if own else TWO_STEP_SIGMA)
-    if sampler == "euler":
-        # Progressive distillation has steps + 1 levels: the last step ends at sigma_min (arXiv 2202.00512).
+    if sampler == "trajectory" and mid_sigmas is not None:
+        return torch.cat((consistency_sigmas(steps, mid_sigmas, high)[:-1], torch.tensor([low], dtype=torch.float64)))
+    if sampler in ("euler", "trajectory"):
+        # The last step ends at sigma_min: progressive distillation (arXiv 2202.00512) and CTM (2310.02279).
         return round_sigmas(model, karras_sigmas(steps + 1, low, high, rho)[:-1])
     return round_sigmas(model, karras_sigmas(steps, low, high, rho))
 
@@ -138,10 +154,12 @@ def _sample(
     return sampler(model, x, sigmas, labels=labels, noise=noise).float()
 
 
-def _check(num: int, batch_size: int, sampler: str, mid_sigmas: Sequence[float] | None) -> None:
+def _check(num: int, batch_size: int, sampler: str, mid_sigmas: Sequence[float] | None, gamma: float | None) -> None:
     if num < 1 or batch_size < 1:
         raise ConfigError(f"num and batch_size must be at least 1, got {num} and {batch_size}")
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if mid_sigmas is not None and sampler != "consistency":
+    if gamma is not None and sampler != "trajectory":
+        raise ConfigError(f"gamma: the {sampler} sampler has none, only trajectory has; leave it out")
+    if mid_sigmas is not None and sampler not in ("consistency", "trajectory"):
         raise ConfigError(f"mid_sigmas: the {sampler} sampler has no intermediate levels to choose; leave them out")

@@ -105,7 +105,7 @@ def open_dataset(config: DataConfig, device: torch.device) -> ResidentDataset:
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a phase's section describes."""
-    return OBJECTIVES[config.kind](**config.model_dump(exclude={"kind", "mid_sigmas", "gamma"}))
+    return OBJECTIVES[config.kind](**config.model_dump(exclude={"kind", "mid_sigmas", "gamma", "gan"}))
 
 
 def sampling_form(config: ObjectiveConfig) -> tuple[dict[str, Any], SamplingDefaults]:

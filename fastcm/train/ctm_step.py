@@ -7,12 +7,14 @@ passes through the frozen average.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from fastcm import ops
 from fastcm.data.batch import Batch
@@ -22,6 +24,7 @@ from fastcm.kernels.philox import PhiloxKey
 from fastcm.objectives.base import Networks, TrainingBatch, noise_key
 from fastcm.objectives.ctm import CTM, Jumps
 from fastcm.random import Stream
+from fastcm.train.adversary import Adversary
 from fastcm.train.step import parts_of
 
 # Unit normal noise, or the key to draw it.
@@ -37,19 +40,41 @@ class Noised(NamedTuple):
     input_NCHW: Float[Tensor, "N C H W"]
 
 
+class Gradients(NamedTuple):
+    """The gradient of a loss by the parameters of the last layer, weight first, and by its input."""
+
+    layer: list[Tensor]
+    features: Tensor
+
+    def plus(self, other: "Gradients", factor: Tensor) -> "Gradients":
+        """The gradients of this loss + factor times the other."""
+        layer = [one + factor * two for one, two in zip(self.layer, other.layer, strict=True)]
+        return Gradients(layer, self.features + factor * other.features)
+
+
 class CTMStep:
-    """Accumulate the gradient of the mean of consistency loss + lambda denoising loss into ``.grad``.
+    """Accumulate the gradient of the mean of consistency loss + lambda denoising loss + lambda' generator loss into ``.grad``.
 
     The teacher's solver step, the targets, the student's trunk and each loss are compiled once, whatever the number of
     solver steps, which is known on the host without asking the device.
     """
 
-    def __init__(self, networks: Networks, objective: CTM, seed: int, microbatch_size: int, compiled: bool) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        objective: CTM,
+        seed: int,
+        microbatch_size: int,
+        compiled: bool,
+        adversary: Adversary | None = None,
+    ) -> None:
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
+        self.adversary = adversary
         self._solver_step = _compiled(objective.solver_step, compiled)
         self._target_image = _compiled(objective.target_image, compiled)
         self._trunk = _compiled(self._plain_trunk, compiled)
-        self._consistency = _compiled(self._plain_consistency, compiled)
+        self._estimate = _compiled(self._plain_estimate, compiled)
+        self._distance = _compiled(partial(objective.consistency_loss, networks), compiled)
         self._denoising = _compiled(self._plain_denoising, compiled)
 
     def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], first_image: int) -> tuple[Tensor, Tensor]:
@@ -59,10 +84,28 @@ class CTMStep:
         for part in parts_of(batch, self.microbatch_size):
             jumps = self.objective.jumps(part.index, self.seed, num_steps)
             dsm = self.objective.dsm_sigma(part.index, self.seed), Stream(self.seed, "dsm_noise").at(part.index)
-            share = len(part.index) / len(batch.index)
-            losses.append(self.accumulate(part, jumps, num_steps, noise_key(part, self.seed), *dsm, share))
+            options = {"share": len(part.index) / len(batch.index), "adversarial": self._is_adversarial(first_image)}
+            losses.append(self.accumulate(part, jumps, num_steps, noise_key(part, self.seed), *dsm, **options))
             levels.append(jumps.t_N)
         return torch.cat(losses), torch.cat(levels)
+
+    def _is_adversarial(self, first_image: int) -> bool:
+        return self.adversary is not None and self.adversary.active(first_image)
+
+    def train_discriminator(self, batch: Batch, first_image: int) -> None:
+        """Accumulate the discriminator's gradient on the real images and the student's estimates, whose graph is not built."""
+        num_steps = self.objective.num_solver_steps(self.seed, first_image)
+        for part in parts_of(batch, self.microbatch_size):
+            fake_NCHW = self.generate(part, self.objective.jumps(part.index, self.seed, num_steps))
+            share = len(part.index) / len(batch.index)
+            self.adversary.accumulate(part.images, fake_NCHW, part.labels, part.index, share)
+
+    @torch.no_grad()
+    def generate(self, batch: TrainingBatch, jumps: Jumps) -> Float[Tensor, "N C H W"]:
+        """The estimates, as the discriminator sees them."""
+        at_t = self._noised(batch, jumps.t_N, noise_key(batch, self.seed))
+        features = self._features([at_t], [self._second(self.objective.jumped_to(jumps))], batch.labels)
+        return self._estimate(features, list(self.networks.student.net.head.parameters()), at_t, jumps, batch.labels)
 
     def accumulate(
         self,
@@ -73,10 +116,11 @@ class CTMStep:
         dsm_sigma_N: Float[Tensor, " N"],
         dsm_noise: Noise,
         share: float = 1.0,
+        adversarial: bool = False,
     ) -> Float[Tensor, " N"]:
         """Add the gradient at given noise levels, with unit normal noises or their keys, times ``share``.
 
-        Returns the consistency loss of each image, detached.
+        adversarial: whether the adversary has a say. Returns the consistency loss of each image, detached.
         """
         at_t = self._noised(batch, jumps.t_N, noise)
         target_NCHW = self.target(at_t.x_NCHW, jumps, num_steps, batch.labels)
@@ -87,17 +131,40 @@ class CTMStep:
         features = self._features(points, second, batch.labels)
         leaves = [part.detach().requires_grad_() for part in features.split(len(batch.images))]
         layer = list(self.networks.student.net.head.parameters())
-        loss_N = self._consistency(leaves[0], layer, at_t, target_NCHW, jumps, batch.labels)
-        by_layer, by_features = _gradients(loss_N.mean(), layer, leaves[0])
+        loss_N, ctm, gan = self._differentiate(leaves[0], layer, at_t, target_NCHW, jumps, batch, adversarial)
+        total = ctm if gan is None else ctm.plus(gan, self._gan_factor(ctm, gan))
+        by_layer, by_features = total
         if self.objective.dsm != "none":
             dsm_N = self._denoising(leaves[1], layer, points[1], batch.images)
-            dsm_layer, dsm_features = _gradients(dsm_N.mean(), layer, leaves[1])
-            factor = self._dsm_factor(by_layer[0], dsm_layer[0])
-            by_layer = [one + factor * other for one, other in zip(by_layer, dsm_layer, strict=True)]
-            by_features = torch.cat([by_features, factor * dsm_features])
+            dsm = _gradients(dsm_N.mean(), layer, leaves[1])
+            factor = self._dsm_factor(ctm, dsm)
+            by_layer = [one + factor * other for one, other in zip(by_layer, dsm.layer, strict=True)]
+            by_features = torch.cat([by_features, factor * dsm.features])
         features.backward(share * by_features)
         _add_gradients(layer, [share * gradient for gradient in by_layer])
         return loss_N.detach()
+
+    def _differentiate(
+        self,
+        features: Tensor,
+        layer: list[Tensor],
+        at_t: Noised,
+        target_NCHW: Tensor,
+        jumps: Jumps,
+        batch: TrainingBatch,
+        adversarial: bool,
+    ) -> tuple[Tensor, Gradients, Gradients | None]:
+        """Consistency loss per image, its gradients at the last layer, and those of the generator loss if there is one."""
+        with functorch_config.patch(donated_buffer=not adversarial):  # a compiled estimate must bear to be differentiated twice
+            estimate_NCHW = self._estimate(features, layer, at_t, jumps, batch.labels)
+            image_NCHW = estimate_NCHW.detach().requires_grad_()
+            loss_N = self._distance(image_NCHW, target_NCHW, jumps)
+            slopes = [torch.autograd.grad(loss_N.mean(), image_NCHW)[0]]
+            if adversarial:
+                gan_N = self.adversary.generator_loss(image_NCHW, batch.labels, batch.index)
+                slopes.append(torch.autograd.grad(gan_N.mean(), image_NCHW)[0])
+            found = [_gradients(estimate_NCHW, layer, features, slope, again=slope is not slopes[-1]) for slope in slopes]
+        return loss_N, found[0], found[1] if adversarial else None
 
     @torch.no_grad()
     def target(
@@ -136,13 +203,13 @@ class CTMStep:
     def _plain_trunk(self, input_NCHW: Tensor, c_noise_N: Tensor, second_N: Tensor, labels: Tensor | None) -> Tensor:
         return self.networks.student.net.trunk(input_NCHW, c_noise_N, second_N, labels)
 
-    def _plain_consistency(
-        self, features: Tensor, layer: list[Tensor], at_t: Noised, target_NCHW: Tensor, jumps: Jumps, labels: Tensor | None
+    def _plain_estimate(
+        self, features: Tensor, layer: list[Tensor], at_t: Noised, jumps: Jumps, labels: Tensor | None
     ) -> Tensor:
         g_NCHW = self._inner(features, layer, at_t)
         level_N = self.objective.jumped_to(jumps)
         x_s_NCHW = self.networks.student.trajectory.jump(at_t.x_NCHW, g_NCHW, jumps.t_N, level_N)
-        return self.objective.consistency_loss(self.networks, x_s_NCHW, target_NCHW, jumps, labels)
+        return self.objective.estimate(self.networks, x_s_NCHW, jumps, labels)
 
     def _plain_denoising(self, features: Tensor, layer: list[Tensor], at_sigma: Noised, clean_NCHW: Tensor) -> Tensor:
         g_NCHW = self._inner(features, layer, at_sigma)
@@ -158,21 +225,28 @@ class CTMStep:
         c_skip, c_out = (value[:, None, None, None] for value in point.scalings[:2])
         return c_skip * point.x_NCHW + c_out * F_NCHW
 
-    def _dsm_factor(self, reference: Tensor, other: Tensor) -> Tensor | float:
+    def _dsm_factor(self, ctm: Gradients, dsm: Gradients) -> Tensor | float:
         """lambda: fixed, or the ratio of the two gradients of the last layer's weight."""
         if self.objective.dsm == "fixed":
             return self.objective.dsm_weight
-        return adaptive_weight(reference.norm(), other.norm())
+        return adaptive_weight(ctm.layer[0].norm(), dsm.layer[0].norm())
+
+    def _gan_factor(self, ctm: Gradients, gan: Gradients) -> Tensor:
+        """The same ratio for the generator loss, within its bounds."""
+        bounds = self.adversary.config.min_weight, self.adversary.config.max_weight
+        return adaptive_weight(ctm.layer[0].norm(), gan.layer[0].norm(), *bounds)
 
 
 def _compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
 
-def _gradients(loss: Tensor, layer: list[Tensor], features: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The gradient of a loss by the parameters of the last layer, and by its input."""
-    *by_layer, by_features = torch.autograd.grad(loss, [*layer, features])
-    return by_layer, by_features
+def _gradients(
+    output: Tensor, layer: list[Tensor], features: Tensor, slope: Tensor | None = None, again: bool = False
+) -> Gradients:
+    """The gradients of a loss, or of an output whose own gradient is ``slope``; ``again``: the graph is needed once more."""
+    *by_layer, by_features = torch.autograd.grad(output, [*layer, features], slope, retain_graph=again)
+    return Gradients(by_layer, by_features)
 
 
 @torch.no_grad()

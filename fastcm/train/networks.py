@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastcm.config import PhaseConfig
+from fastcm.config import FeaturesConfig, PhaseConfig
 from fastcm.errors import CheckpointError
 from fastcm.io.bundle import BundleHeader, load, model_from_header, read_bundle
+from fastcm.io.feature_files import load_lpips
 from fastcm.io.tensors import copy_into
 from fastcm.model import Model
+from fastcm.nn.perceptual import LPIPS
 from fastcm.train.optimizer import WeightAverage
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What a network may give up when it is trained on: an absent augmentation label contributes nothing, and the log
 # variance belongs to the loss it was trained with.
@@ -46,6 +50,13 @@ def teacher_model(settings: PhaseConfig, before: BundleHeader | None, dtype: tor
     if source != "previous":
         return load(source, device=device, dtype=dtype)
     return model_from_header(before, dtype=dtype, origin=Path("previous phase")).to(device).eval().requires_grad_(False)
+
+
+def perceptual_distance(config: FeaturesConfig, seed: int, device: torch.device) -> LPIPS:
+    """The frozen LPIPS network that objectives measure distances with; raises ConfigError where it has no weights."""
+    pooling = {"resize": config.lpips_resize, "replace_pooling": config.lpips_replace_pooling}
+    lpips = load_lpips(config.lpips, linear=config.lpips_linear, **pooling, dtype=DTYPES[config.dtype], seed=seed)
+    return lpips.to(device)
 
 
 def copy_weights(net: torch.nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:

@@ -17,15 +17,22 @@ from fastcm.io.tensors import copy_into
 from fastcm.model import Model
 from fastcm.nn.build import build_network
 from fastcm.objectives import CTM, Networks
+from fastcm.train.adversary import Adversary
 from fastcm.train.build import build_objective, sampling_form
 from fastcm.train.ctm_step import CTMStep
-from fastcm.train.networks import bundle_weights, copy_weights, target_model, teacher_model, teacher_source
+from fastcm.train.networks import (
+    DTYPES,
+    bundle_weights,
+    copy_weights,
+    perceptual_distance,
+    target_model,
+    teacher_model,
+    teacher_source,
+)
 from fastcm.train.optimizer import Optimizer, WeightAverage
 from fastcm.train.schedules import ema_beta, learning_rate
 from fastcm.train.step import GradientStep
 from fastcm.train.telemetry import LossMeter
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Phase:
@@ -46,14 +53,15 @@ class Phase:
         parameters = dict(self.model.net.named_parameters())
         self.averages = {ema: WeightAverage(parameters) for ema in self.settings.emas}
         self.target_average = None if self.objective.target_halflife(0) is None else WeightAverage(parameters)
-        self.networks = Networks(self.model, self._build_target(), self._build_teacher(data))
+        needs_perceptual = self.objective.needs_perceptual
+        perceptual = perceptual_distance(config.features, config.seed, device) if needs_perceptual else None
+        self.networks = Networks(self.model, self._build_target(), self._build_teacher(data), perceptual)
         opt = self.settings.optimizer
         self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps, averages=self._all_averages())
         augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
         self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
-        step = CTMStep if isinstance(self.objective, CTM) else GradientStep
-        compiled = compile_step(config, device)
-        self.gradient = step(self.networks, self.objective, config.seed, self.settings.microbatch_size, compiled)
+        self.adversary = self._build_adversary()
+        self.gradient = self._build_gradient(compile_step(config, device))
         self.meter = LossMeter(device)
 
     def _build_model(self, data: ResidentDataset) -> Model:
@@ -74,6 +82,16 @@ class Phase:
         number = names.index(self.name)
         before = phase_header(self.config, names[number - 1], data) if number else None
         return teacher_model(self.settings, before, self.dtype, self.device)
+
+    def _build_adversary(self) -> Adversary | None:
+        gan = getattr(self.settings.objective, "gan", None)
+        if gan is None:
+            return None
+        return Adversary(gan, self.config.features, self.header.label_dim, self.config.seed, self.first_image, self.device)
+
+    def _build_gradient(self, compiled: bool) -> GradientStep | CTMStep:
+        options = (self.networks, self.objective, self.config.seed, self.settings.microbatch_size, compiled)
+        return CTMStep(*options, self.adversary) if isinstance(self.objective, CTM) else GradientStep(*options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,6 +136,11 @@ class Phase:
             self._promote_student()
         first_image = self.first_image + self.images
         batch = self.loader.batch(first_image)
+        if self.adversary is not None and self.adversary.has_turn(first_image, size):
+            self.gradient.train_discriminator(batch, first_image)
+            self.adversary.step(self.images, self.settings.duration_images)
+            self.images += size
+            return
         schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
         loss_N, sigma_N = self.gradient(batch, schedule, first_image)
         finite, norm = self.optimizer.step(self._scalar(self.learning_rate), self._ema_betas())
@@ -160,6 +183,8 @@ class Phase:
             state |= {f"target/{name}": value for name, value in self.target_average.averages.items()}
         if self.networks.teacher is not None:
             state |= {f"teacher/{name}": value for name, value in self.networks.teacher.net.state_dict().items()}
+        if self.adversary is not None:
+            state |= {f"adversary/{name}": value for name, value in self.adversary.tensors().items()}
         return (
             state
             | {f"optimizer/{name}": value for name, value in self.optimizer.state_dict().items()}

@@ -30,6 +30,17 @@ def check_phases(config: Config, data: ResidentDataset, first: str) -> None:
         before = phase_header(config, names[number - 1], data) if number else None
         if isinstance(settings.objective, CTMObjectiveConfig) and not header.network.get("second_time"):
             raise ConfigError(f"phases.{name}: CTM jumps between two times; set network.second_time to true")
+        gan = getattr(settings.objective, "gan", None)
+        if gan is not None and not all(config.features.discriminator.values()):
+            raise ConfigError(
+                f"phases.{name}: the discriminator's feature networks need weights; give each of features.discriminator a file "
+                "or 'download'"
+            )
+        if build_objective(settings.objective).needs_perceptual and not config.features.lpips:
+            raise ConfigError(
+                f"phases.{name}: the distance lpips needs weights; set features.lpips to a file of VGG16 or to 'download', "
+                "or take another distance"
+            )
         if number >= names.index(first):
             _check_start(name, settings, header, before)
         _check_teacher(name, settings, header, before)

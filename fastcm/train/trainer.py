@@ -138,6 +138,7 @@ class Trainer:
     def _values(self, phase: Phase) -> dict[str, Any]:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         values = {**phase.meter.read(), "learning_rate": phase.learning_rate, **phase.objective.schedule(phase.images)}
+        values |= {} if phase.adversary is None else phase.adversary.read()
         return values | ({} if memory is None else {"peak_memory_bytes": memory})
 
     def snapshot(self, phase: Phase) -> None:
@@ -166,7 +167,7 @@ class Trainer:
 
 
 def _require_progress(phase: Phase, values: Mapping[str, Any]) -> None:
-    if values["loss"] is None:
+    if values["loss"] is None and values["skipped_steps"]:  # none of either: the discriminator had the whole interval
         raise FastcmError(
             f"training diverged: no finite step in the {values['skipped_steps']} before {phase.images} images of {phase.name}; "
             "the checkpoints are untouched: lower the learning rate and run it again"

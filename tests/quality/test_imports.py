@@ -21,7 +21,7 @@ LEVELS = (
     ("model",),
     ("objectives", "sampling", "data", "io"),
     ("train", "evaluate", "integrations"),
-    ("info", "bench"),
+    ("info", "bench", "convert"),
     ("cli",),
     ("__main__",),
 )
