@@ -106,7 +106,8 @@ def test_files_are_plain_and_those_of_the_mixin(bundle, folder, tmp_path):
     assert content["format"] == 1
     assert content["library_name"] == "fastcm"
     assert content["network"]["family"] == "openai"
-    assert content["sampling"] == {"sampler": "consistency", "mid_sigmas": [0.8], "renoise_sigma_min": 0.002}
+    sampling = content["sampling"]
+    assert (sampling["sampler"], sampling["mid_sigmas"], sampling["renoise_sigma_min"]) == ("consistency", [0.8], 0.002)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(load(bundle).net.state_dict())
@@ -182,7 +183,7 @@ def test_a_repository_that_cannot_be_reached_says_so(name, tmp_path):
         (lambda config: config.update(library_name="other"), "library_name is 'other'"),
         (lambda config: config.update(classes=3), "unknown key 'classes'"),
         (lambda config: config.update(emas=["net"]), "unknown key 'emas'"),
-        (lambda config: config["sampling"].update(steps=3), "unknown key 'sampling.steps'"),
+        (lambda config: config["sampling"].update(depth=3), "unknown key 'sampling.depth'"),
         (lambda config: config["network"].update(depth=3), "depth"),
         (lambda config: config["network"].update(model_channels=33), "config.json: .*33"),
         (lambda config: config["network"].update(family="resnet"), "resnet|family"),

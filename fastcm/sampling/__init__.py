@@ -6,6 +6,7 @@ from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
 from fastcm.sampling.edm import sample_euler, sample_heun
 from fastcm.sampling.generate import sample
 from fastcm.sampling.guidance import Guided
+from fastcm.sampling.likelihood import Likelihood, bits_per_dim
 from fastcm.sampling.trajectory import sample_trajectory
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Classifier",
     "ClassifierGuided",
     "Guided",
+    "Likelihood",
+    "bits_per_dim",
     "consistency_sigmas",
     "sample",
     "sample_ablation",

@@ -59,7 +59,7 @@ def dequantized(
     inside = math.erf(tau / math.sqrt(2))
     noise_NCHW = math.sqrt(2) * torch.erfinv((2 * u_NCHW - 1) * inside)
     entropy = math.log(math.sqrt(2 * math.pi * math.e) * sigma * inside)
-    entropy += tau * math.exp(-0.5 * tau**2) / (math.sqrt(2 * math.pi) * inside)
+    entropy -= tau * math.exp(-0.5 * tau**2) / (math.sqrt(2 * math.pi) * inside)
     return Dequantized(centres_NCHW + sigma * noise_NCHW, -entropy / math.log(2))
 
 
