@@ -233,7 +233,7 @@ def _list_presets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--sigma-data", type=click.FloatRange(0, min_open=True), help="Of edm, edm_boundary and direct.")
 @click.option("--sigma-min", type=click.FloatRange(0, min_open=True), help="Of edm_boundary: D(x; sigma_min) = x.")
 @click.option("--outer", type=click.Choice(["euler", "variance", "euler_variance_mixed"]), help="How a CTM network jumps.")
-@click.option("--sampler", type=click.Choice(["heun", "euler", "consistency"]), help="How it is sampled by default.")
+@click.option("--sampler", type=click.Choice(["heun", "euler", "consistency", "trajectory"]), help="How it is sampled by default.")
 @click.option("--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Level between its steps; repeat for more.")
 def convert(
     src: Path, dst: Path, preset: str, qkv: str | None, mid_sigmas: tuple[float, ...], **options: str | int | float | None

@@ -32,7 +32,7 @@ class Options:
     sigma_data: float | None = None
     sigma_min: float | None = None
     outer: Literal["euler", "variance", "euler_variance_mixed"] | None = None
-    sampler: Literal["heun", "euler", "consistency"] | None = None
+    sampler: Literal["heun", "euler", "consistency", "trajectory"] | None = None
     mid_sigmas: tuple[float, ...] | None = None
 
     def over(self, other: "Options") -> "Options":
@@ -72,7 +72,7 @@ def _consistency(sizes: Options, *point: int) -> Options:
 
 
 def _trajectory(sizes: Options) -> Options:
-    return replace(_diffusion(sizes), outer="euler")
+    return replace(_diffusion(sizes), outer="euler", sampler="trajectory")
 
 
 PRESETS: dict[str, Preset] = {

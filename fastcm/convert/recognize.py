@@ -106,7 +106,8 @@ def _edm(weights: Weights, told: Told) -> Plan:
     precond = preconditioner_of(told, known, attributes, bare)
     consistency = precond["kind"] == "edm_boundary"
     middle = ECT_MID_SIGMA_64 if facts.image_shape[1] == 64 else ECT_MID_SIGMA
-    sampling = _sampling(told, "consistency" if consistency else "heun", (middle,))
+    usual = "trajectory" if second_time else "consistency" if consistency else "heun"
+    sampling = _sampling(told, usual, (middle,))
     kind = "CTM's network for CIFAR-10" if second_time else "ECT" if consistency else "EDM"
     layout = Layout("edm", prefix=prefix)
     return _plan_of(kind, layout, facts, told, precond, sampling)
@@ -132,7 +133,8 @@ def _openai(weights: Weights, told: Told) -> Plan:
     )
     precond = preconditioner_of(told, weights.class_name, weights.attributes, bare)
     consistency = precond["kind"] == "edm_boundary" and not second_time
-    sampling = _sampling(told, "consistency" if consistency else "heun", (), precond.get("sigma_min", 0.0))
+    usual = "trajectory" if second_time else "consistency" if consistency else "heun"
+    sampling = _sampling(told, usual, (), precond.get("sigma_min", 0.0))
     kind = "CTM's network for ImageNet" if second_time else f"OpenAI's {'consistency' if consistency else 'diffusion'} model"
     layout = Layout("openai", head_major=head_major, conv1d=_has_conv1d(weights))
     return _plan_of(kind, layout, facts, told, precond, sampling)
@@ -191,8 +193,10 @@ def with_mid_sigmas(sampling: SamplingDefaults, mid_sigmas: tuple[float, ...] | 
     """The same with other noise levels between the steps, unless None. Raises ConfigError for levels that cannot be."""
     if mid_sigmas is None:
         return sampling
-    if sampling.sampler != "consistency":
-        raise ConfigError(f"--mid-sigma was given, but the sampler is {sampling.sampler}; only consistency has such levels")
+    if sampling.sampler not in ("consistency", "trajectory"):
+        raise ConfigError(
+            f"--mid-sigma was given, but the sampler is {sampling.sampler}; only consistency and trajectory have such levels"
+        )
     consistency_sigmas(len(mid_sigmas) + 1, mid_sigmas)
     return replace(sampling, mid_sigmas=tuple(mid_sigmas))
 

@@ -27,7 +27,8 @@ class HubModel(Model, ModelHubMixin):
     """
 
     def __init__(self, model: Model, header: BundleHeader) -> None:
-        super().__init__(model.net, model.precond, model.image_shape, model.label_dim, model.dtype, model.sampling)
+        options = (model.label_dim, model.dtype, model.sampling, model.trajectory)
+        super().__init__(model.net, model.precond, model.image_shape, *options)
         self.header = header
 
     @classmethod
