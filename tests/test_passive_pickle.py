@@ -39,7 +39,7 @@ def read(content, names=NAMES, persistent=None):
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-@pytest.mark.parametrize("value", PLAIN_VALUES, ids=str)
+@pytest.mark.parametrize("value", PLAIN_VALUES, ids=range(len(PLAIN_VALUES)))
 def test_plain_values_come_out_equal(value, protocol):
     if protocol < 5:
         value = [bytes(part) if isinstance(part, bytearray) else part for part in value] if isinstance(value, list) else value

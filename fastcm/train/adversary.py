@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcm.config import FeaturesConfig, GANConfig
 from fastcm.diffusion.adversarial import discriminator_hinge, generator_hinge
+from fastcm.errors import ConfigError
 from fastcm.io.feature_files import load_feature_network
 from fastcm.nn.diff_augment import DiffAugment
 from fastcm.nn.discriminator import ProjectedDiscriminator
@@ -25,12 +26,14 @@ class Adversary:
 
     From ``config.start_images`` of the phase on, one step in every ``config.period`` is the generator's, the first of them,
     and the others are the discriminator's. Images are counted globally, from ``first_image`` of the phase.
-    Raises ConfigError or CheckpointError for feature networks without weights.
+    Raises ConfigError or CheckpointError for feature networks without weights, ConfigError for classes that are not there.
     """
 
     def __init__(
         self, config: GANConfig, features: FeaturesConfig, label_dim: int, seed: int, first_image: int, device: torch.device
     ) -> None:
+        if config.conditional and not label_dim:
+            raise ConfigError("gan.conditional is true, but the network has no classes: set data.conditional, or leave it out")
         self.config, self.seed = config, seed
         self.start = first_image + config.start_images
         networks = {
@@ -79,8 +82,12 @@ class Adversary:
         self._count("discriminator_loss", loss_N)
 
     def step(self, images: int, duration_images: int) -> None:
-        """One step of the discriminator's optimizer with the gradients accumulated."""
-        lr = learning_rate(self.config.optimizer, images, duration_images)
+        """One step of the discriminator's optimizer with the gradients accumulated; its schedule begins when it does.
+
+        images: those of the phase seen, of duration_images. A gradient that is not finite changes nothing.
+        """
+        before = self.config.start_images
+        lr = learning_rate(self.config.optimizer, images - before, duration_images - before)
         finite, _ = self.optimizer.step(torch.full((), lr, device=self.totals.device))
         self.discriminator.constrain_weights(finite)
 
@@ -91,12 +98,12 @@ class Adversary:
 
     @torch.no_grad()
     def _count(self, name: str, loss_N: Tensor) -> None:
-        place = 2 * METERS.index(name)
-        self.totals[place] += loss_N.detach().double().sum()
-        self.totals[place + 1] += len(loss_N)
+        place, finite_N = 2 * METERS.index(name), loss_N.isfinite()
+        self.totals[place] += loss_N.detach().double().where(finite_N, 0.0).sum()
+        self.totals[place + 1] += finite_N.sum()
 
     def read(self) -> dict[str, float]:
-        """Mean losses since the last call; waits for the device."""
+        """Mean losses of the images since the last call, those without a finite one left out; waits for the device."""
         values = self.totals.tolist()
         self.totals.zero_()
         return {name: values[2 * i] / values[2 * i + 1] for i, name in enumerate(METERS) if values[2 * i + 1]}
