@@ -10,7 +10,7 @@ import torch
 
 from fastcm import __version__, ops
 from fastcm.config import shipped_configs
-from fastcm.io.bundle import model_from_header, read_bundle, resolve_bundle
+from fastcm.io.bundle import model_from_header, read_header, resolve_bundle
 
 
 def describe_installation() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def describe_installation() -> dict[str, Any]:
 def describe_model(path: Path) -> dict[str, Any]:
     """The header of a bundle, with the number of parameters; raises CheckpointError for a damaged file."""
     file = resolve_bundle(path)
-    _, header = read_bundle(file)
+    header = read_header(file)
     with torch.device("meta"):
         model = model_from_header(header, origin=file)
     return {"file": str(file), "num_parameters": sum(p.numel() for p in model.net.parameters()), **asdict(header)}

@@ -17,7 +17,8 @@ class SamplingDefaults:
 
     sampler: "heun" or "euler" for diffusion models, "consistency" with the noise levels mid_sigmas between its steps, which
     noise is added up to from renoise_sigma_min, or "trajectory" for networks with a second time, with its gamma and, where it
-    is not to have Karras' levels, mid_sigmas. steps: how many, 0 for the sampler's usual number.
+    is not to have Karras' levels, mid_sigmas. steps: how many, 0 for the sampler's usual number. sigma_min, sigma_max, rho: of
+    the grid of noise levels (arXiv 2206.00364, Eq. 5).
     """
 
     sampler: str
@@ -25,6 +26,9 @@ class SamplingDefaults:
     renoise_sigma_min: float = 0.0
     steps: int = 0
     gamma: float = 0.0
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
 
 
 class Model(nn.Module):
@@ -110,6 +114,8 @@ class Model(nn.Module):
         """
         if not self.second_time:
             raise ValueError("this model cannot jump: its network was built without a second time (second_time=False)")
+        if not isinstance(t, Tensor) and not isinstance(s, Tensor) and not 0 <= s <= t:
+            raise ValueError(f"a jump goes from t down to s with 0 <= s <= t, got t {t} and s {s}")
         x_NCHW, t_N = self._float(x_NCHW, t)
         s_N = self._noise_levels(s, x_NCHW)
         return self.trajectory.jump(x_NCHW, self._g(x_NCHW, t_N, s_N, labels, None, dropout), t_N, s_N)

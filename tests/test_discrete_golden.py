@@ -65,7 +65,8 @@ def discrete_loss(name, **changes):
     networks = networks_of(EDMBoundary(0.5, 0.002))
     solver = "heun" if "_cd_" in name else "none"
     options = {"distance": DISTANCES[case.config["loss_norm"]], "weight": WEIGHTS[case.config["weight_schedule"]]}
-    objective = DiscreteConsistency(**({"solver": solver, "end_scales": 18} | options | changes))
+    grid = {"end_scales": 18, "target": "fixed", "target_halflife_images": 1.0}
+    objective = DiscreteConsistency(**({"solver": solver} | grid | options | changes))
     levels = float(objective.scale_schedule.num_levels(0))
     index, noise = case.tensors["in/indices"].float(), case.tensors["in/noise"]
     return case, objective.loss_at(networks, batch_for(case), index, levels, noise).loss_N, networks.student

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import run_cli
 from test_training import TINY
 
@@ -117,7 +119,7 @@ def test_student_becomes_the_teacher_when_the_steps_are_halved():
 
 
 def test_a_distilled_model_is_sampled_with_the_steps_it_was_made_for(tmp_path):
-    write_config(tmp_path / "tiny.yaml", "pd", duration_images=48)
+    write_config(tmp_path / "tiny.yaml", "pd", duration_images=64)  # ends where the next stage would begin
     run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
     assert run.returncode == 0, run.stderr
     model = load(tmp_path / "run")
@@ -184,3 +186,69 @@ def test_feature_distance_trains_with_weights_and_says_what_is_missing_without(t
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["phase"] == "distill"
     assert line["loss"] > 0
+
+
+def test_a_run_folder_is_a_start_and_a_teacher_and_another_teacher_is_another_run(tmp_path):
+    write_config(tmp_path / "tiny.yaml", "cd", duration_images=32)
+    assert run_cli(tmp_path, "train", "tiny.yaml", "--out", "first").returncode == 0
+    single = copy.deepcopy(config_of("cd", init="first/pretrain.safetensors", duration_images=32))
+    del single["phases"]["pretrain"]
+    (tmp_path / "single.yaml").write_text(parse_config(single, "single").to_yaml())
+    shutil.copytree(tmp_path / "first", tmp_path / "folder")
+    shutil.copy(tmp_path / "first" / "pretrain.safetensors", tmp_path / "folder" / "model.safetensors")
+    run = run_cli(tmp_path, "train", "single.yaml", "phases.distill.init=folder", "--out", "second")
+    assert run.returncode == 0, run.stderr
+    other = run_cli(
+        tmp_path,
+        "train",
+        "single.yaml",
+        "phases.distill.init=folder",
+        "phases.distill.teacher=first/pretrain.safetensors",
+        "phases.distill.duration_images=64",
+        "--out",
+        "second",
+    )
+    assert other.returncode == 2
+    assert "phases.distill.teacher was" in other.stderr
+
+
+def test_a_consistency_model_is_no_teacher(tmp_path):
+    write_config(tmp_path / "tiny.yaml", "cd", duration_images=16)
+    assert run_cli(tmp_path, "train", "tiny.yaml", "--out", "first").returncode == 0
+    write_config(tmp_path / "tiny.yaml", "cd", duration_images=16, teacher="first")
+    run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "second")
+    assert run.returncode == 2
+    assert "is a consistency model" in run.stderr
+
+
+def test_a_student_takes_the_place_of_a_teacher_that_knows_augmentation(tmp_path):
+    config = config_of("pd", duration_images=64)
+    config["phases"]["pretrain"] = {**config["phases"]["pretrain"], "augment": 0.12}
+    write_path = tmp_path / "augmented.yaml"
+    write_path.write_text(parse_config({**config, "phases": {"pretrain": config["phases"]["pretrain"]}}, "a").to_yaml())
+    assert run_cli(tmp_path, "train", "augmented.yaml", "--out", "teacher").returncode == 0
+    del config["phases"]["pretrain"]
+    config["phases"]["distill"]["init"] = "teacher"
+    (tmp_path / "pd.yaml").write_text(parse_config(config, "pd").to_yaml())
+    run = run_cli(tmp_path, "train", "pd.yaml", "--out", "pd")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": {"kind": "ict", "mid_sigmas": [0.5, 0.8]}}, "must descend"),
+        ({"objective": {"kind": "cd", "rho": 0.01}}, "rho"),
+        ({"objective": {"kind": "cd", "target": "fixed"}}, "target_halflife_images"),
+        ({"objective": {"kind": "pd", "start_steps": 7, "end_steps": 2}}, "never end_steps 2"),
+        ({"objective": OBJECTIVES["pd"], "emas": {"main": {"kind": "power"}}, "ema_snapshot_images": 16}, "at each stage"),
+        ({"augment": 0.1, "init": "previous"}, "is not told of augmentation"),
+    ],
+)
+def test_options_that_cannot_work_are_named_before_the_first_step(change, message, tmp_path):
+    config = config_of("cd")
+    config["phases"]["distill"].update(change)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
+    assert run.returncode == 2
+    assert message in run.stderr

@@ -1,6 +1,7 @@
 """The Hugging Face layout, with and without huggingface_hub, and ``fastcm export``."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import fastcm
 from fastcm.cli import main
-from fastcm.errors import CheckpointError, ConfigError
+from fastcm.errors import CheckpointError
 from fastcm.integrations import HubModel, export_hub, import_hub
-from fastcm.integrations.export import export_bundle
 from fastcm.io.bundle import load, read_bundle, save_bundle
 
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -284,7 +284,8 @@ def test_export_command_refuses_with_the_documented_exit_codes(bundle, tmp_path,
         ([bundle, tmp_path / "x", "--format", "onnx"], 2, "onnx"),
         ([tmp_path / "none", tmp_path / "x", "--format", "hf"], 3, "no such file"),
         ([bundle, tmp_path / "x", "--format", "hf", "--ema", "best"], 3, "no weight average 'best'"),
-        ([bundle, bundle, "--format", "hf"], 3, "cannot write"),
+        ([bundle, bundle, "--format", "hf"], 2, "would overwrite the bundle"),
+        ([bundle, bundle, "--format", "openai"], 2, "would overwrite the bundle"),
     ):
         before = bundle.read_bytes()
         with pytest.raises(SystemExit) as ended:
@@ -292,5 +293,15 @@ def test_export_command_refuses_with_the_documented_exit_codes(bundle, tmp_path,
         assert ended.value.code == code
         assert words in capsys.readouterr().err
         assert bundle.read_bytes() == before
-    with pytest.raises(ConfigError, match="this is the bundle"):
-        export_bundle(bundle, bundle)
+
+
+def test_export_into_the_folder_of_a_run_leaves_its_model_alone(bundle, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(bundle, run / "model.safetensors")
+    before = (run / "model.safetensors").read_bytes()
+    for form, destination in (("hf", run), ("edm", run / "model.safetensors"), ("safetensors", run / "model.safetensors")):
+        with pytest.raises(SystemExit):
+            main(["export", str(run), str(destination), "--format", form])
+        assert "would overwrite" in capsys.readouterr().err
+    assert (run / "model.safetensors").read_bytes() == before

@@ -12,6 +12,8 @@ from fastcm.errors import FastcmError
 
 log = logging.getLogger("fastcm")
 
+MAX_MESSAGE = 2000
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fastcm")
@@ -51,5 +53,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"fastcm: error: {' '.join(message.split())}", err=True)
+    # Names in a message may come from a file: no control characters for the terminal, and no end of the screen.
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+    click.echo(f"fastcm: error: {text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + ' ...'}", err=True)
     sys.exit(code)

@@ -92,6 +92,7 @@ def sample(
 ) -> None:
     """Draw images from MODEL, a bundle or a run folder."""
     from fastcm.config import ComputeConfig
+    from fastcm.errors import CheckpointError
     from fastcm.io.bundle import load
     from fastcm.io.images import check_destination, save_images
     from fastcm.sampling.generate import draw_labels
@@ -104,6 +105,10 @@ def sample(
         labels = draw_labels(network, num, seed, label)
         options = {"mid_sigmas": mid_sigmas or None, "batch_size": batch_size, **sampler}
         images = draw(network, num, steps, seed, labels=labels, **options)
+    if not images.isfinite().all():
+        raise CheckpointError(
+            f"{model}: the images are not finite; its weights are damaged or these noise levels are not for it"
+        )
     save_images(out, images, labels)
     click.echo(f"{num} images: {out}")
 

@@ -24,9 +24,9 @@ def export(model: Path, dst: Path, layout: str, ema: str) -> None:
     safetensors  one file for fastcm.load, with one set of weights
     edm          state dict as safetensors under EDM's names; also openai and edm2, where the network is theirs
     """
-    from fastcm.integrations.export import FORMATS
+    from fastcm.integrations.export import export as write
 
-    note = FORMATS[layout](model, dst, ema)
+    note = write(model, dst, layout, ema=ema)
     click.echo(f"{layout}: {dst}\n{note}")
 
 
@@ -54,7 +54,7 @@ def _list_presets(context: click.Context, _: click.Parameter, wanted: bool) -> N
     "--preconditioner", type=click.Choice(["edm", "edm_boundary", "vp", "ve", "iddpm", "direct"]), help="Scalings it needs."
 )
 @click.option("--sigma-data", type=click.FloatRange(0, min_open=True), help="Of edm, edm_boundary and direct.")
-@click.option("--sigma-min", type=click.FloatRange(0, min_open=True), help="Of edm_boundary: D(x; sigma_min) = x.")
+@click.option("--sigma-min", type=click.FloatRange(0, 1, min_open=True), help="Of edm_boundary: D(x; sigma_min) = x.")
 @click.option("--outer", type=click.Choice(["euler", "variance", "euler_variance_mixed"]), help="How a CTM network jumps.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="How it is sampled by default.")
 @click.option("--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Level between its steps; repeat for more.")

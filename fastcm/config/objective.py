@@ -1,14 +1,25 @@
 """The objective section of a phase, one form for each kind."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from fastcm.config.optimizer import OptimizerConfig
 from fastcm.config.section import Positive, Section
 
 Weight = Literal["uniform", "inverse_gap", "edm", "snr", "snr_plus_one", "truncated_snr"]
-MidSigmas = tuple[Annotated[float, Field(gt=0)], ...]  # noise levels that sampling returns to between its steps
+
+
+def _descending(levels: tuple[float, ...]) -> tuple[float, ...]:
+    if any(high <= low for high, low in pairwise((80.0, *levels))):
+        raise ValueError("noise levels between steps must descend from below 80")
+    return levels
+
+
+# Noise levels that sampling returns to between its steps.
+MidSigmas = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_descending)]
+Rho = Annotated[float, Field(ge=1)]
 
 
 class EDMObjectiveConfig(Section):
@@ -48,7 +59,7 @@ class DiscreteObjectiveConfig(Section):
     sigma_data: Annotated[float, Field(gt=0)] = 0.5
     sigma_min: Annotated[float, Field(gt=0)] = 0.002  # the network is the identity there
     sigma_max: Annotated[float, Field(gt=0)] = 80.0
-    rho: Annotated[float, Field(gt=0)] = 7.0
+    rho: Rho = 7.0
     scales: Literal["fixed", "progressive", "doubling"] = "fixed"  # how many levels the grid has
     start_scales: Positive = 2
     end_scales: Positive = 18
@@ -56,8 +67,8 @@ class DiscreteObjectiveConfig(Section):
     indices: Literal["uniform", "lognormal"] = "uniform"
     p_mean: float = -1.1
     p_std: Annotated[float, Field(gt=0)] = 2.0
-    target: Literal["student", "fixed", "adaptive"] = "fixed"  # adaptive: half-life grows with the number of levels
-    target_halflife_images: Annotated[float, Field(gt=0)] = 1.0
+    target: Literal["student", "fixed", "adaptive"] = "student"  # adaptive: half-life grows with the number of levels
+    target_halflife_images: Annotated[float, Field(ge=0)] = 0.0  # of the average that is the target; needed where there is one
     distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips"] = "squared"
     c: Annotated[float, Field(ge=0)] = 0.0  # pseudo-Huber constant
     weight: Weight = "uniform"
@@ -78,6 +89,7 @@ class CTObjectiveConfig(DiscreteObjectiveConfig):
     scales: Literal["fixed", "progressive", "doubling"] = "progressive"
     end_scales: Positive = 150
     target: Literal["student", "fixed", "adaptive"] = "adaptive"
+    target_halflife_images: Annotated[float, Field(ge=0)] = 3368.35  # 0.9 a step of 512 images
 
 
 class ICTObjectiveConfig(DiscreteObjectiveConfig):
@@ -102,7 +114,7 @@ class PDObjectiveConfig(Section):
     sigma_data: Annotated[float, Field(gt=0)] = 0.5
     sigma_min: Annotated[float, Field(gt=0)] = 0.002
     sigma_max: Annotated[float, Field(gt=0)] = 80.0
-    rho: Annotated[float, Field(gt=0)] = 7.0
+    rho: Rho = 7.0
     start_steps: Positive = 64
     end_steps: Positive = 1
     stage_images: Positive = 25_600_000
@@ -124,6 +136,12 @@ class GANConfig(Section):
     max_weight: Annotated[float, Field(gt=0)] = 10.0
     optimizer: OptimizerConfig = OptimizerConfig(kind="radam", lr=2e-3, betas=(0.5, 0.9))
 
+    @model_validator(mode="after")
+    def _check_bounds(self) -> "GANConfig":
+        if self.min_weight > self.max_weight:
+            raise ValueError(f"min_weight {self.min_weight} is above max_weight {self.max_weight}")
+        return self
+
 
 class CTMObjectiveConfig(Section):
     """Consistency trajectory model (arXiv 2310.02279); ``fastcm.objectives.CTM`` explains each field."""
@@ -132,7 +150,7 @@ class CTMObjectiveConfig(Section):
     sigma_data: Annotated[float, Field(gt=0)] = 0.5
     sigma_min: Annotated[float, Field(gt=0)] = 0.002
     sigma_max: Annotated[float, Field(gt=0)] = 80.0
-    rho: Annotated[float, Field(gt=0)] = 7.0
+    rho: Rho = 7.0
     num_levels: Positive = 18
     max_solver_steps: Positive = 17  # Heun steps of the teacher between t and u
     continuous: bool = False  # t and s between the levels, too

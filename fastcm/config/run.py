@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fastcm.config.features import FeaturesConfig
 from fastcm.config.network import NetworkConfig, UNetConfig
-from fastcm.config.objective import ObjectiveConfig
+from fastcm.config.objective import ObjectiveConfig, PDObjectiveConfig
 from fastcm.config.optimizer import OptimizerConfig
 from fastcm.config.section import Fraction, Positive, Section
 
@@ -64,6 +64,10 @@ class PhaseConfig(Section):
         for name in self.emas:
             if not re.fullmatch(r"[A-Za-z0-9_]+", name):
                 raise ValueError(f"EMA name '{name}' may hold letters, digits and underscores only")
+        if self.ema_snapshot_images and isinstance(self.objective, PDObjectiveConfig):
+            raise ValueError(
+                "ema_snapshot_images: progressive distillation begins its averages anew at each stage; leave it out"
+            )
         if self.ema_snapshot_images and not any(ema.kind == "power" for ema in self.emas.values()):
             raise ValueError(f"ema_snapshot_images is {self.ema_snapshot_images}, but no EMA in emas is of kind 'power'")
         return self

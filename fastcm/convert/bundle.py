@@ -1,5 +1,6 @@
 """``fastcm convert``: read a checkpoint, recognise it, write the bundle, check it, say what was found."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,8 +67,9 @@ def convert(source: str | Path, file: str | Path, options: Options | None = None
     """
     source, file, options = Path(source), Path(file), options or Options()
     chosen = find_preset(preset)
-    if source.resolve() == file.resolve() or file.is_dir():
-        raise ConfigError(f"{file}: the bundle needs a file of its own; choose another destination")
+    place = Path(os.path.realpath(file))
+    if os.path.realpath(source) in map(str, (place, *place.parents)) or file.is_dir():
+        raise ConfigError(f"{file}: the bundle needs a file of its own, outside of what it is made of; choose another")
     with _naming(source):
         if source.is_dir():
             return _convert_folder(source, file, options, preset)

@@ -68,6 +68,11 @@ def recognize(weights: Weights, options: Options, preset: Preset | None = None) 
     _check_attributes(weights, plan)
     told.check("label_dim", plan.label_dim, "its embedding of classes")
     told.check("resolution", plan.image_shape[1], "the names of its levels")
+    if plan.sampling.sampler == "trajectory" and not second_time:
+        raise ConfigError("--sampler trajectory was given, but this network has no second time and cannot jump")
+    too_low = [sigma for sigma in plan.sampling.mid_sigmas if sigma <= plan.sampling.renoise_sigma_min]
+    if too_low:
+        raise ConfigError(f"--mid-sigma {too_low[0]:g} is not above sigma_min {plan.sampling.renoise_sigma_min:g}")
     return replace(plan, guesses=tuple(told.guesses))
 
 
@@ -92,12 +97,10 @@ def _edm(weights: Weights, told: Told) -> Plan:
     state, table = dict(weights.state), weights.state.get(TABLE)
     state.pop(TABLE, None)
     prefix = MODEL if any(name.startswith(f"{MODEL}enc.") for name in state) else ""
-    options = told.options
-    heads = FamilyOverrides(
-        channels_per_head=options.channels_per_head, num_heads=options.num_heads, num_heads_up=options.num_heads_up
-    )
     _refuse(told, "head_major", "EDM's networks order qkv in one way")
-    facts = describe_edm({name.removeprefix(prefix): value for name, value in state.items()}, heads)
+    for name in ("channels_per_head", "num_heads", "num_heads_up"):
+        _refuse(told, name, "EDM's networks have one head, or heads of 64 channels (ADM)")
+    facts = describe_edm({name.removeprefix(prefix): value for name, value in state.items()})
     second_time = facts.network.second_time
     why = "as CTM's are" if second_time else "as most networks under these names are"
     bare = BareDefaults("edm", 0.003, why)
@@ -214,7 +217,7 @@ def _openai_heads(weights: Weights, told: Told) -> FamilyOverrides:
         why = "as in all published networks; names and shapes do not tell heads apart"
         return FamilyOverrides(channels_per_head=told.get("channels_per_head", PUBLISHED_HEAD, why))
     if options.channels_per_head is not None:
-        raise ConfigError("--channels-per-head and --heads were both given; one follows from the other")
+        raise ConfigError("--heads was given beside --channels-per-head or a preset that says it; one follows from the other")
     if options.num_heads is None:
         raise ConfigError("--heads-up was given without --heads")
     return FamilyOverrides(

@@ -54,6 +54,9 @@ def read_source(path: Path, wanted: str | None) -> Weights:
     for name, value in weights.state.items():
         if not value.is_floating_point():
             raise CheckpointError(f"{name} is of {str(value.dtype).removeprefix('torch.')}, but all weights are floats")
+        if value.element_size() < 2:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name} is of {kind}; expected weights of 16, 32 or 64 bits")
         if not value.isfinite().all():
             kind = "NaN" if value.isnan().any() else "infinite"
             raise CheckpointError(f"{name} has values that are {kind}; the training that made this file had failed")

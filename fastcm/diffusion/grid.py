@@ -28,6 +28,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ConfigError(f"a grid needs 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 1 <= self.rho < math.inf:
+            raise ConfigError(f"rho: expected a number of at least 1, got {self.rho}")
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -72,7 +74,7 @@ class ScaleSchedule:
     """How many levels N the grid has after some images of a phase.
 
     "fixed" N = end. "progressive" N = ceil(sqrt(p ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 (arXiv 2303.01469, Appendix C);
-    "doubling" N = min(s0 2^floor(p (log2 floor(s1 / s0) + 1)), s1) + 1 (arXiv 2310.14189, section 3.4), with s0 = start,
+    "doubling" N = min(s0 2^floor(p (floor(log2(s1 / s0)) + 1)), s1) + 1 (arXiv 2310.14189, section 3.4), with s0 = start,
     s1 = end and p = images / duration_images, at most 1.
     Raises ConfigError for values that cannot work.
     """

@@ -17,6 +17,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     On any failure the temporary file is removed and ``path`` keeps its former content.
     Raises CheckpointError where the file system refuses (disk full, no permission).
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot write {path}: it is there already and is no file; choose another destination")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from fastcm.config import NetworkConfig
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
 from fastcm.diffusion.trajectory import Trajectory
 from fastcm.errors import CheckpointError
-from fastcm.io.tensors import copy_into, read_tensors, write_tensors
+from fastcm.io.tensors import copy_into, read_json_header, read_tensors, write_tensors
 from fastcm.model import Model, SamplingDefaults
 from fastcm.nn.build import build_network
 
@@ -56,10 +56,19 @@ def save_bundle(path: Path, header: BundleHeader, net: Mapping[str, Tensor], ema
 def read_bundle(path: Path) -> tuple[dict[str, Tensor], BundleHeader]:
     """Tensors and header of a bundle; raises CheckpointError where the file is damaged or of another format."""
     tensors, header = read_tensors(path)
+    return tensors, _parse_header(path, header)
+
+
+def read_header(path: Path) -> BundleHeader:
+    """The header of a bundle without its tensors; raises CheckpointError as ``read_bundle`` does."""
+    return _parse_header(path, read_json_header(path))
+
+
+def _parse_header(path: Path, header: dict[str, Any]) -> BundleHeader:
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: bundle format {header.get('format')!r}, this version of fastcm reads format {FORMAT}")
     try:
-        return tensors, TypeAdapter(BundleHeader).validate_python(header)
+        return TypeAdapter(BundleHeader).validate_python(header)
     except ValidationError as error:
         raise CheckpointError(f"{path}: damaged header: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
 

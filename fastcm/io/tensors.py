@@ -1,7 +1,8 @@
 """safetensors files with a JSON header, read back with errors that name the file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,27 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises CheckpointError for a missing, truncated or foreign file.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _header(file)  # noqa: SIM118 (not a mapping)
+
+
+def read_json_header(path: Path) -> dict[str, Any]:
+    """The header alone; raises CheckpointError as ``read_tensors`` does."""
+    with _opened(path) as file:
+        return _header(file)
+
+
+def _header(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {})[HEADER_KEY])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER_KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
+            yield file
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or cut short, or not a safetensors file: {error}") from None
     except (KeyError, json.JSONDecodeError):

@@ -49,6 +49,9 @@ class ProgressiveDistillation(Objective):
                 f"expected 1 <= end_steps <= start_steps and stage_images above 0, got {self.end_steps}, "
                 f"{self.start_steps} and {self.stage_images}"
             )
+        halvings = self.generation(self.stage_images * self.start_steps)
+        if self.end_steps << halvings != self.start_steps:
+            raise ConfigError(f"start_steps {self.start_steps} halved any number of times is never end_steps {self.end_steps}")
         object.__setattr__(self, "precond", EDM(self.sigma_data))
         object.__setattr__(self, "grid", Grid(self.sigma_min, self.sigma_max, self.rho))
 

@@ -1,6 +1,7 @@
 """Images from a model, a seed and a number of steps: the same images in batches of any size."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastcm.diffusion.noise_schedules import karras_sigmas
 from fastcm.errors import ConfigError
-from fastcm.model import Model
+from fastcm.model import Model, SamplingDefaults
 from fastcm.random import Stream
 from fastcm.sampling.common import NoiseSource, clip_range, round_sigmas
 from fastcm.sampling.consistency import TWO_STEP_SIGMA, consistency_sigmas, sample_consistency
@@ -38,9 +39,9 @@ def sample(
     gamma: float | None = None,
     mid_sigmas: Sequence[float] | None = None,
     index_offset: int | Int64[Tensor, " num"] = 0,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float | None = None,
 ) -> Float32[Tensor, "num C H W"]:
     """``num`` images in about [-1, 1], fp32, on the model's device.
 
@@ -52,8 +53,8 @@ def sample(
     class-conditional model. gamma: of "trajectory", 0 for deterministic jumps to 1 for noise up to every level, see
     ``sample_trajectory``; by default the model's own. mid_sigmas: noise levels between the steps; those of "consistency" are by
     default the model's own or lead to its last, see ``consistency_sigmas``, those of "trajectory" the model's own or Karras'.
-    sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), clipped to the model's range; "trajectory" and
-    "euler" end at its sigma_min, with steps + 1 levels.
+    sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), by default the model's own, clipped to its
+    range; "trajectory" and "euler" end at its sigma_min, with steps + 1 levels.
     Raises ConfigError for arguments that cannot work.
     """
     sampler = model.sampling.sampler if sampler is None else sampler
@@ -61,7 +62,9 @@ def sample(
     if steps is None:
         steps = (model.sampling.steps if sampler == model.sampling.sampler else 0) or DEFAULT_STEPS[sampler]
     device = next(model.parameters()).device
-    sigmas = _grid(model, sampler, steps, mid_sigmas, sigma_min, sigma_max, rho)
+    given = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    form = replace(model.sampling, **{name: value for name, value in given.items() if value is not None})
+    sigmas = _grid(model, sampler, steps, mid_sigmas, form)
     index = _global_indices(num, index_offset, device)
     labels = choose_labels(labels, index, seed, model.label_dim)
     indices = index.split(batch_size)
@@ -123,12 +126,11 @@ def _grid(
     sampler: str,
     steps: int,
     mid_sigmas: Sequence[float] | None,
-    sigma_min: float,
-    sigma_max: float,
-    rho: float,
+    form: SamplingDefaults,
 ) -> Float64[Tensor, " S1"]:
     """The noise levels of a sampler, within the range of the model."""
-    low, high = clip_range(model, sigma_min, sigma_max)
+    low, high = clip_range(model, form.sigma_min, form.sigma_max)
+    rho = form.rho
     own = model.sampling.mid_sigmas
     mid_sigmas = own if mid_sigmas is None and len(own) == steps - 1 else mid_sigmas
     if sampler == "consistency":

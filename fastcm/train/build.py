@@ -18,7 +18,7 @@ from fastcm.config import (
     Config,
     CTMObjectiveConfig,
     DataConfig,
-    DiscreteObjectiveConfig,
+    ECTObjectiveConfig,
     EDMObjectiveConfig,
     NetworkConfig,
     ObjectiveConfig,
@@ -28,7 +28,7 @@ from fastcm.data.dataset import ResidentDataset, load_resident
 from fastcm.data.sources import open_source
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
 from fastcm.errors import ConfigError
-from fastcm.io.bundle import read_bundle
+from fastcm.io.bundle import read_header, resolve_bundle
 from fastcm.model import SamplingDefaults
 from fastcm.objectives import OBJECTIVES, Objective
 
@@ -85,8 +85,8 @@ def resolve_network(config: Config) -> Config:
     name, first = next(iter(config.phases.items()))
     if first.init in ("previous", "fresh"):
         raise ConfigError(f"network.family is 'bundle', but phases.{name}.init names no bundle to take the network from")
-    path = Path(first.init)
-    network = TypeAdapter(NetworkConfig).validate_python(read_bundle(path)[1].network)
+    path = resolve_bundle(Path(first.init))
+    network = TypeAdapter(NetworkConfig).validate_python(read_header(path).network)
     return config.model_copy(update={"network": network})
 
 
@@ -116,12 +116,14 @@ def sampling_form(config: ObjectiveConfig) -> tuple[dict[str, Any], SamplingDefa
 
 
 def _sampling_defaults(config: ObjectiveConfig) -> SamplingDefaults:
-    if isinstance(config, PDObjectiveConfig):
-        return SamplingDefaults("euler")
     if isinstance(config, EDMObjectiveConfig):
         return SamplingDefaults("heun")
+    if isinstance(config, ECTObjectiveConfig):
+        return SamplingDefaults("consistency", config.mid_sigmas)
+    grid = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "rho": config.rho}
+    if isinstance(config, PDObjectiveConfig):
+        return SamplingDefaults("euler", **grid)
     if isinstance(config, CTMObjectiveConfig):
-        return SamplingDefaults("trajectory", config.mid_sigmas, gamma=config.gamma)
-    # Discrete consistency models return to a noise level from sigma_min, where their output lies, others from 0.
-    floor = config.sigma_min if isinstance(config, DiscreteObjectiveConfig) else 0.0
-    return SamplingDefaults("consistency", config.mid_sigmas, floor)
+        return SamplingDefaults("trajectory", config.mid_sigmas, gamma=config.gamma, **grid)
+    # Discrete consistency models return to a noise level from sigma_min, where their output lies; ECT from 0.
+    return SamplingDefaults("consistency", config.mid_sigmas, config.sigma_min, **grid)

@@ -56,7 +56,8 @@ class CTMStep:
     """Accumulate the gradient of the mean of consistency loss + lambda denoising loss + lambda' generator loss into ``.grad``.
 
     The teacher's solver step, the targets, the student's trunk and each loss are compiled once, whatever the number of
-    solver steps, which is known on the host without asking the device.
+    solver steps, which is known on the host without asking the device. Each microbatch has ratios lambda of its own, as
+    published.
     """
 
     def __init__(
@@ -155,7 +156,9 @@ class CTMStep:
         adversarial: bool,
     ) -> tuple[Tensor, Gradients, Gradients | None]:
         """Consistency loss per image, its gradients at the last layer, and those of the generator loss if there is one."""
-        with functorch_config.patch(donated_buffer=not adversarial):  # a compiled estimate must bear to be differentiated twice
+        # A compiled estimate must bear to be differentiated twice, which donated buffers do not. Always: what was compiled for
+        # the stage or the run before serves in this one, and Inductor's cache on disk does not tell the two apart.
+        with functorch_config.patch(donated_buffer=False):
             estimate_NCHW = self._estimate(features, layer, at_t, jumps, batch.labels)
             image_NCHW = estimate_NCHW.detach().requires_grad_()
             loss_N = self._distance(image_NCHW, target_NCHW, jumps)

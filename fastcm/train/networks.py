@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcm.config import FeaturesConfig, PhaseConfig
 from fastcm.errors import CheckpointError
-from fastcm.io.bundle import BundleHeader, load, model_from_header, read_bundle
+from fastcm.io.bundle import BundleHeader, load, model_from_header, read_bundle, resolve_bundle
 from fastcm.io.feature_files import load_lpips
 from fastcm.io.tensors import copy_into
 from fastcm.model import Model
@@ -73,7 +73,7 @@ def copy_weights(net: torch.nn.Module, weights: Mapping[str, Tensor], origin: Pa
 
 def bundle_weights(path: Path) -> dict[str, Tensor]:
     """The weights a bundle is sampled with: those of its first average, and the buffers."""
-    tensors, header = read_bundle(path)
+    tensors, header = read_bundle(resolve_bundle(path))
     weights = {name.removeprefix("net/"): value for name, value in tensors.items() if name.startswith("net/")}
     averaged = f"ema/{header.emas[0]}/"
     weights |= {name.removeprefix(averaged): value for name, value in tensors.items() if name.startswith(averaged)}

@@ -125,7 +125,10 @@ class Phase:
 
     def _promote_student(self) -> None:
         """Make the student the teacher, and begin anew from there: moments zero, averages at the weights."""
-        copy_into(self.networks.teacher.net.state_dict(), self.model.net.state_dict(), "", Path(self.name))
+        teacher = self.networks.teacher.net.state_dict()  # it may have more, such as an embedding of augmentation labels
+        with torch.no_grad():
+            for name, value in self.model.net.state_dict().items():
+                teacher[name].copy_(value)
         self.optimizer.reset()
         self._reset_averages()
 
@@ -202,7 +205,8 @@ class Phase:
         save_bundle(path, self._header_now(), self.model.net.state_dict(), emas)
 
     def _header_now(self) -> BundleHeader:
-        return self.header.after(self.images, self.objective.sampling_steps(self.images))
+        # The weights are those of the last step, also where the next one would begin another stage.
+        return self.header.after(self.images, self.objective.sampling_steps(max(self.images - 1, 0)))
 
 
 def phase_header(config: Config, name: str, data: ResidentDataset) -> BundleHeader:

@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 
-from fastcm.config import Config, CTMObjectiveConfig, PhaseConfig
+from fastcm.config import Config, CTMObjectiveConfig, FeaturesConfig, PhaseConfig
 from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import CheckpointError, ConfigError
-from fastcm.io.bundle import BundleHeader, model_from_header, read_bundle
+from fastcm.io.bundle import BundleHeader, model_from_header, read_header, resolve_bundle
 from fastcm.objectives import ProgressiveDistillation
 from fastcm.train.build import build_objective
 from fastcm.train.networks import teacher_source
 from fastcm.train.phase import phase_header
 
 
-def check_phases(config: Config, data: ResidentDataset, first: str) -> None:
+def check_phases(config: Config, data: ResidentDataset, first: str, resumed: bool = False) -> None:
     """Check the phases from ``first`` on: a wrong path or a misfit is found now, not after hours of pretraining.
 
+    resumed: the first one goes on from a checkpoint, which holds its weights, so where they came from no longer matters.
     Raises ConfigError for a network or an order of phases that cannot work, CheckpointError for a bundle that is missing,
     damaged or of another architecture.
     """
@@ -28,22 +29,45 @@ def check_phases(config: Config, data: ResidentDataset, first: str) -> None:
         with torch.device("meta"):
             model_from_header(header, origin=Path(name))
         before = phase_header(config, names[number - 1], data) if number else None
-        if isinstance(settings.objective, CTMObjectiveConfig) and not header.network.get("second_time"):
-            raise ConfigError(f"phases.{name}: CTM jumps between two times; set network.second_time to true")
-        gan = getattr(settings.objective, "gan", None)
-        if gan is not None and not all(config.features.discriminator.values()):
-            raise ConfigError(
-                f"phases.{name}: the discriminator's feature networks need weights; give each of features.discriminator a file "
-                "or 'download'"
-            )
-        if build_objective(settings.objective).needs_perceptual and not config.features.lpips:
-            raise ConfigError(
-                f"phases.{name}: the distance lpips needs weights; set features.lpips to a file of VGG16 or to 'download', "
-                "or take another distance"
-            )
-        if number >= names.index(first):
+        _check_needs(name, settings, config.features, header)
+        if number > names.index(first) or (number == names.index(first) and not resumed):
             _check_start(name, settings, header, before)
-        _check_teacher(name, settings, header, before)
+        if number >= names.index(first):
+            _check_teacher(name, settings, header, before)
+
+
+def _check_needs(name: str, settings: PhaseConfig, features: FeaturesConfig, header: BundleHeader) -> None:
+    """The network and the feature networks are what the objective asks for."""
+    gan = getattr(settings.objective, "gan", None)
+    if isinstance(settings.objective, CTMObjectiveConfig):
+        if not header.network.get("second_time"):
+            raise ConfigError(f"phases.{name}: CTM jumps between two times; set network.second_time to true")
+        for option in ("dropout", "augment"):
+            if getattr(settings, option):
+                raise ConfigError(f"phases.{name}.{option} is {getattr(settings, option)}, but CTM has none; set it to 0")
+        if header.network.get("overrides", {}).get("decoder") == "skip":
+            raise ConfigError(f"phases.{name}: CTM needs a network with a single last layer, not decoder 'skip'")
+        if gan is not None and gan.conditional and not header.label_dim:
+            raise ConfigError(f"phases.{name}: gan.conditional needs classes; set data.conditional to true")
+    if gan is not None and not all(features.discriminator.values()):
+        raise ConfigError(
+            f"phases.{name}: the discriminator's feature networks need weights; give each of features.discriminator a file "
+            "or 'download'"
+        )
+    _check_sources(features.discriminator if gan is not None else {}, "features.discriminator")
+    needs_perceptual = build_objective(settings.objective).needs_perceptual
+    if needs_perceptual and not features.lpips:
+        raise ConfigError(
+            f"phases.{name}: the distance lpips needs weights; set features.lpips to a file of VGG16 or to 'download', "
+            "or take another distance"
+        )
+    _check_sources({"lpips": features.lpips} if needs_perceptual else {}, "features")
+
+
+def _check_sources(sources: Mapping[str, str], section: str) -> None:
+    for name, source in sources.items():
+        if source not in ("download", "random") and not Path(source).is_file():
+            raise CheckpointError(f"{section}.{name}: there is no file '{source}'")
 
 
 def _check_start(name: str, settings: PhaseConfig, header: BundleHeader, before: BundleHeader | None) -> None:
@@ -70,15 +94,24 @@ def _check_teacher(name: str, settings: PhaseConfig, header: BundleHeader, befor
             f"phases.{name}: its objective distils a teacher, and there is none; set its teacher or init to a bundle, "
             "or put a phase that trains one before it"
         )
-    found = before if source == "previous" else read_bundle(Path(source))[1]
+    found = before if source == "previous" else read_header(resolve_bundle(Path(source)))
+    if found.sampling.sampler == "consistency":
+        raise ConfigError(f"phases.{name}: its teacher ({source}) is a consistency model; distil a diffusion model")
+    if settings.augment:
+        raise ConfigError(
+            f"phases.{name}: augment is {settings.augment}, but a teacher is not told of augmentation; set it to 0"
+        )
     pairs = {"image_shape": (found.image_shape, header.image_shape), "label_dim": (found.label_dim, header.label_dim)}
-    if isinstance(objective, ProgressiveDistillation):
-        pairs |= _architecture(found, header)
+    if isinstance(objective, ProgressiveDistillation):  # whose student takes the teacher's place
+        pairs |= _architecture(found, header) | {
+            "network.second_time": tuple(part.network.get("second_time", False) for part in (found, header)),
+            "preconditioner": (found.preconditioner, header.preconditioner),
+        }
     _require_equal(f"the teacher of phases.{name} ({source})", pairs)
 
 
 def _check_bundle(path: Path, needed: BundleHeader) -> None:
-    _, found = read_bundle(path)
+    found = read_header(resolve_bundle(path))
     pairs = _architecture(found, needed)
     pairs |= {
         "image_shape": (found.image_shape, needed.image_shape),

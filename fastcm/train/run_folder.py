@@ -86,7 +86,8 @@ class RunFolder(RunFiles):
 
 def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a run that may not change on resume: seed, network, data, and what each phase learns from what."""
-    fixed = {"objective", "init", "batch_size", "microbatch_size", "dropout", "augment", "emas"}
+    fixed = {"objective", "init", "teacher", "batch_size", "microbatch_size", "dropout", "dropout_max_resolution"}
+    fixed |= {"augment", "emas"}
     optimizer = {"kind", "betas", "eps"}
     phases = {
         name: {
@@ -99,6 +100,7 @@ def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config.seed,
         "data": {**config.data.model_dump(mode="json", exclude={"path", "download"}), "fingerprint": data["fingerprint"]},
         "network": config.network.model_dump(mode="json"),
+        "features": config.features.model_dump(mode="json"),
         "phases": phases,
     }
 

@@ -50,7 +50,7 @@ def train(config: Config, out: Path) -> RunFolder:
         facts = {"kind": config.data.kind, "num_images": len(data), "fingerprint": data.fingerprint}
         identity = run_identity(config, facts)
         saved = load_saved(run, identity)
-        check_phases(config, data, saved.phase if saved else next(iter(config.phases)))
+        check_phases(config, data, saved.phase if saved else next(iter(config.phases)), resumed=saved is not None)
         run.claim(config, identity, facts)
         Trainer(config, run, data, device, stop, identity).run(saved)
         write_report(run)
