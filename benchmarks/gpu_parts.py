@@ -46,6 +46,9 @@ GPU_TESTS = (
     "tests/kernels/test_attention_gpu.py",
     "tests/test_bench_gpu.py",
     "tests/kernels/test_group_norm_gpu.py",
+    "tests/test_edm2.py",
+    "tests/test_edm2_training.py",
+    "tests/test_likelihood.py",
 )
 
 

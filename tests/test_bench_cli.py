@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from fastcm.bench.cases import DTYPES, OP_PASSES, PASSES
 from fastcm.bench.shapes import ALL_SETS
-from fastcm.cli import bench_kernels, bench_tune, cli, main
+from fastcm.cli import cli, main
+from fastcm.cli.bench import bench_kernels, bench_tune
 
 TOY = ["--shapes", "digits8", "--batch", "2", "--dtype", "fp32", "--budget", "0", "--device", "cpu"]
 

@@ -352,7 +352,7 @@ def test_half_life_of_the_target_follows_the_number_of_intervals():
     objective = ConsistencyTraining(start_scales=2, end_scales=150, scales_images=100, target_halflife_images=10.0)
     assert objective.target_halflife(0) == pytest.approx(10.0 / 2)  # N' = 1 at the very beginning
     assert objective.target_halflife(100) == pytest.approx(10.0 * 150 / 2)
-    assert ConsistencyDistillation(target_halflife_images=7.0).target_halflife(10**6) == 7.0
+    assert ConsistencyDistillation(target="fixed", target_halflife_images=7.0).target_halflife(10**6) == 7.0
     assert ImprovedConsistencyTraining().target_halflife(0) is None
 
 
