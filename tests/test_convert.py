@@ -375,3 +375,10 @@ def test_training_goes_on_from_a_converted_pickle(class_name, tmp_path, monkeypa
     assert tuned.sampling.sampler == "consistency"
     steps = [(value - net.state_dict()[key]).abs().max() for key, value in tuned.net.state_dict().items()]
     assert 0 < max(steps) < 0.05  # four steps away from the imported weights, not fresh ones
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_network_that_ran_in_half_precision_is_said_to_have_done_so(half, tmp_path):
+    edm_pickle("A_ddpmpp_uncond", arguments={"use_fp16": half})(tmp_path / "edm.pkl")
+    lines = convert(tmp_path / "edm.pkl", tmp_path / "edm.safetensors").lines()
+    assert any("use_fp16" in line for line in lines) == half

@@ -73,7 +73,9 @@ def recognize(weights: Weights, options: Options, preset: Preset | None = None) 
     too_low = [sigma for sigma in plan.sampling.mid_sigmas if sigma <= plan.sampling.renoise_sigma_min]
     if too_low:
         raise ConfigError(f"--mid-sigma {too_low[0]:g} is not above sigma_min {plan.sampling.renoise_sigma_min:g}")
-    return replace(plan, guesses=tuple(told.guesses))
+    half = ("its author ran the network in fp16 (use_fp16); the bundle's weights are fp32 and its dtype is yours to choose",)
+    notes = plan.notes + (half if weights.attributes.get("use_fp16") is True else ())
+    return replace(plan, guesses=tuple(told.guesses), notes=notes)
 
 
 def layout_of(weights: Weights) -> str:
