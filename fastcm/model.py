@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from fastcm.diffusion.preconditioners import Preconditioner, Scalings
@@ -124,7 +124,7 @@ class Model(nn.Module):
         """c_skip(t) x + c_out(t) F(c_in(t) x; t, s); s = t where it is None."""
         scalings = self.precond.scalings(t_N)
         F_NCHW = self.raw(x_NCHW, t_N, *conditions, scalings, s_N)
-        return _per_image(scalings.c_skip) * x_NCHW + _per_image(scalings.c_out) * F_NCHW
+        return per_image(scalings.c_skip) * x_NCHW + per_image(scalings.c_out) * F_NCHW
 
     def _float(self, x_NCHW: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
         """Images as fp32 and one noise level for each."""
@@ -149,7 +149,7 @@ class Model(nn.Module):
         """
         self._check_images(x_NCHW)
         scalings = self.precond.scalings(sigma_N) if scalings is None else scalings
-        input_NCHW = (_per_image(scalings.c_in) * x_NCHW).to(self.dtype, memory_format=torch.channels_last)
+        input_NCHW = (per_image(scalings.c_in) * x_NCHW).to(self.dtype, memory_format=torch.channels_last)
         second_N = None if s_N is None else self.precond.scalings(self.trajectory.second_level(s_N)).c_noise
         return self.from_input(input_NCHW, scalings.c_noise, labels, augment, dropout, second_N).float()
 
@@ -205,7 +205,8 @@ def one_hot(labels_N: Int64[Tensor, " N"], label_dim: int) -> Float[Tensor, "N L
     return (labels_N[:, None] == torch.arange(label_dim, device=labels_N.device)).float()
 
 
-def _per_image(value_N: Tensor) -> Tensor:
+def per_image(value_N: Shaped[Tensor, " N"]) -> Shaped[Tensor, "N 1 1 1"]:
+    """One value for each image, as a factor of images [N, C, H, W]."""
     return value_N.reshape(-1, 1, 1, 1)
 
 

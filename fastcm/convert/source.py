@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastcm.errors import CheckpointError
-from fastcm.integrations.files import read_weights
-from fastcm.io.tensors import HEADER_KEY
+from fastcm.io.tensors import HEADER_KEY, read_metadata, read_safetensors
 from fastcm.io.torch_files import find_modules, module_state, read_checkpoint
 from fastcm.passive_pickle import Record
 
@@ -79,15 +77,9 @@ def sha256(path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
-    state = read_weights(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            ours = HEADER_KEY in (file.metadata() or {})
-    except SafetensorError as error:
-        raise CheckpointError(f"damaged: {error}") from None
-    if ours:
+    if HEADER_KEY in read_metadata(path):
         raise CheckpointError("it is a bundle of fastcm already: there is nothing to convert; load it as it is")
-    return state
+    return read_safetensors(path)
 
 
 def _chosen(content: Any, wanted: str | None) -> Weights:

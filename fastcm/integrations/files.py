@@ -7,12 +7,11 @@ from typing import Any, TypeVar
 
 from jaxtyping import Shaped
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastcm.errors import CheckpointError
-from fastcm.io.atomic import atomic_path, atomic_write
+from fastcm.io.atomic import atomic_write
+from fastcm.io.tensors import read_safetensors, write_safetensors
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -58,12 +57,7 @@ def read_section(path: Path, schema: type[Section], class_name: str) -> Section:
 
 def write_weights(path: Path, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
     """Write tensors atomically, in row-major order and marked as PyTorch's, as the readers of other projects expect."""
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    write_safetensors(path, tensors, {"format": "pt"})
 
 
 def read_weights(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
@@ -72,7 +66,4 @@ def read_weights(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
         others = sorted(file.name for file in path.parent.glob("*.bin"))
         hint = f"; {others[0]} is a pickle, which fastcm never reads: save the model again as safetensors" if others else ""
         raise CheckpointError(f"{path}: no such file{hint}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or cut short, or not a safetensors file: {error}") from None
+    return read_safetensors(path)

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastcm.errors import CheckpointError, ConfigError
-from fastcm.io.tensors import copy_into
+from fastcm.io.tensors import copy_into, read_safetensors
 from fastcm.io.torch_files import read_checkpoint
 from fastcm.nn.features import FeatureNetwork, optional_package
 from fastcm.nn.perceptual import LPIPS
@@ -77,10 +75,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return _state_dict(read_checkpoint(path), path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, expected weights of a feature network")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or cut short, or not a safetensors file: {error}") from None
+    return read_safetensors(path)
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""safetensors files with a JSON header, read back with errors that name the file."""
+"""safetensors files, with a JSON header of ours or as other projects have them, read back with errors that name the file."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,11 +18,16 @@ HEADER_KEY = "fastcm"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header atomically; conv weights are stored in the usual (row-major) order."""
+    """Write tensors and a JSON header atomically; see ``write_safetensors``."""
+    write_safetensors(path, tensors, {HEADER_KEY: json.dumps(header)})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata atomically; conv weights are stored in the usual (row-major) order."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={HEADER_KEY: json.dumps(header)})
+            save_file(plain, temporary, metadata=dict(metadata))
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -32,18 +37,28 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises CheckpointError for a missing, truncated or foreign file.
     """
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _header(file)  # noqa: SIM118 (not a mapping)
+    header = read_json_header(path)
+    return read_safetensors(path), header
 
 
 def read_json_header(path: Path) -> dict[str, Any]:
     """The header alone; raises CheckpointError as ``read_tensors`` does."""
+    try:
+        return json.loads(read_metadata(path)[HEADER_KEY])
+    except (KeyError, json.JSONDecodeError):
+        raise CheckpointError(f"{path}: a safetensors file, but not one that fastcm wrote (no '{HEADER_KEY}' header)") from None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of anybody's, on the CPU; raises CheckpointError for a missing or damaged one."""
     with _opened(path) as file:
-        return _header(file)
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
-def _header(file: Any) -> dict[str, Any]:
-    return json.loads((file.metadata() or {})[HEADER_KEY])
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the head of a file of anybody's; raises CheckpointError for a missing or damaged one."""
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 @contextmanager
@@ -55,8 +70,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or cut short, or not a safetensors file: {error}") from None
-    except (KeyError, json.JSONDecodeError):
-        raise CheckpointError(f"{path}: a safetensors file, but not one that fastcm wrote (no '{HEADER_KEY}' header)") from None
 
 
 @torch.no_grad()

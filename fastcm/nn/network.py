@@ -47,8 +47,6 @@ class Network(nn.Module):
         c_noise_N: Float[Tensor, " N"],
         second_N: Float[Tensor, " N"] | None = None,
         labels: Float[Tensor, "N L"] | None = None,
-        augment: Float[Tensor, "N A"] | None = None,
-        dropout: PhiloxKey | None = None,
     ) -> Float[Tensor, "N E H W"]:
         """All but the last layer, for losses that weigh each other by their gradients there; head(trunk(...)) is F."""
         raise ValueError(f"{type(self).__name__} does not give its last layer apart from the rest")

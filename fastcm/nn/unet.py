@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,13 +100,11 @@ class UNet(Network):
         c_noise_N: Float[Tensor, " N"],
         second_N: Float[Tensor, " N"] | None = None,
         labels: Float[Tensor, "N L"] | None = None,
-        augment: Float[Tensor, "N A"] | None = None,
-        dropout: PhiloxKey | None = None,
     ) -> Float[Tensor, "N E H W"]:
         """What ``head`` makes the output of: head(trunk(...)) is the network. Arguments as in ``forward``."""
         if self.family.decoder == "skip":
             raise ValueError("every level of this network adds to its output (decoder 'skip'), so it has no single last layer")
-        return self._features(x_NCHW, c_noise_N, second_N, labels, augment, dropout)[0]
+        return self._features(x_NCHW, c_noise_N, second_N, labels)[0]
 
     @property
     def head(self) -> Conv:
@@ -114,10 +112,15 @@ class UNet(Network):
         return self.out_conv if self.family.head == "out" else self.dec[level_name(self.resolutions[0], "aux_conv")]
 
     def _features(
-        self, x_NCHW: Tensor, c_noise_N: Tensor, second_N: Tensor | None, labels: Tensor | None, *rest: Any
+        self,
+        x_NCHW: Tensor,
+        c_noise_N: Tensor,
+        second_N: Tensor | None,
+        labels: Tensor | None,
+        augment: Tensor | None = None,
+        dropout: PhiloxKey | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The input of the last layer, and what lower levels add to its output, if they do."""
-        augment, dropout = rest
         self.check_inputs(x_NCHW, second_N, labels, augment)
         context = Context(self._project(*self.embed(c_noise_N, second_N, labels, augment)), dropout)
         x_NCHW, skips = self._encode(x_NCHW.contiguous(memory_format=torch.channels_last), context)

@@ -14,7 +14,7 @@ from fastcm import ops
 from fastcm.diffusion.preconditioners import Preconditioner, Scalings
 from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.philox import PhiloxKey
-from fastcm.model import Model
+from fastcm.model import Model, per_image
 from fastcm.objectives.base import TrainingBatch
 from fastcm.objectives.distances import image_distance
 
@@ -82,7 +82,7 @@ def solver_pair(
     noised = ops.add_noise(images_NCHW, noise, t_N, at_t.c_in, dtype=dtype)
     with torch.no_grad():
         x_r_NCHW = ode_step(teacher, noised.x_t, t_N, r_N, labels, second_order)
-        input_r_NCHW = (_per_image(at_r.c_in) * x_r_NCHW).to(dtype)
+        input_r_NCHW = (per_image(at_r.c_in) * x_r_NCHW).to(dtype)
     return Pair(Point(t_N, at_t, noised.x_t, noised.input_t), Point(r_N, at_r, x_r_NCHW, input_r_NCHW))
 
 
@@ -95,12 +95,12 @@ def ode_step(
     second_order: bool,
 ) -> Float[Tensor, "N C H W"]:
     """One step of Euler's or Heun's method from t to r on dx / dt = (x - D(x; t)) / t; arXiv 2206.00364, Eq. 1 and Alg. 1."""
-    step = _per_image(r_N - t_N)
-    slope = (x_NCHW - teacher(x_NCHW, t_N, labels)) / _per_image(t_N)
+    step = per_image(r_N - t_N)
+    slope = (x_NCHW - teacher(x_NCHW, t_N, labels)) / per_image(t_N)
     x_r_NCHW = x_NCHW + step * slope
     if not second_order:
         return x_r_NCHW
-    slope_r = (x_r_NCHW - teacher(x_r_NCHW, r_N, labels)) / _per_image(r_N)
+    slope_r = (x_r_NCHW - teacher(x_r_NCHW, r_N, labels)) / per_image(r_N)
     return x_NCHW + step * (slope + slope_r) / 2
 
 
@@ -129,7 +129,7 @@ def pair_loss(
     if distance not in DISTANCES:
         D_r = denoised(at_r, F_r)
         if pair.boundary_N is not None:
-            D_r = torch.where(_per_image(pair.boundary_N), batch.images, D_r)
+            D_r = torch.where(per_image(pair.boundary_N), batch.images, D_r)
         return weight_N * image_distance(distance, denoised(at_t, F_t), D_r, perceptual)
     return ops.consistency_loss(
         F_t,
@@ -150,8 +150,4 @@ def pair_loss(
 
 def denoised(point: Point, F_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
     """D = c_skip x + c_out F in fp32; arXiv 2206.00364, Eq. 7."""
-    return _per_image(point.scalings.c_skip) * point.x_NCHW + _per_image(point.scalings.c_out) * F_NCHW.float()
-
-
-def _per_image(value_N: Tensor) -> Tensor:
-    return value_N.reshape(-1, 1, 1, 1)
+    return per_image(point.scalings.c_skip) * point.x_NCHW + per_image(point.scalings.c_out) * F_NCHW.float()

@@ -12,6 +12,7 @@ from fastcm.diffusion.grid import Grid
 from fastcm.diffusion.preconditioners import EDM, Preconditioner
 from fastcm.errors import ConfigError
 from fastcm.kernels.philox import PhiloxKey
+from fastcm.model import per_image
 from fastcm.objectives.base import LossTerms, Networks, Objective, TrainingBatch, dropout_key, noise_key
 from fastcm.objectives.consistency import ode_step
 from fastcm.random import Stream
@@ -91,7 +92,7 @@ class ProgressiveDistillation(Objective):
         with torch.no_grad():
             x_mid = ode_step(teacher, noised.x_t, t_N, mid_N, batch.labels, second_order=False)
             x_r = ode_step(teacher, x_mid, mid_N, r_N, batch.labels, second_order=False)
-            ratio = (r_N / t_N).reshape(-1, 1, 1, 1)
+            ratio = per_image(r_N / t_N)
             target = (x_r - ratio * noised.x_t) / (1 - ratio)
         F_NCHW = student.from_input(noised.input_t, scalings.c_noise, batch.labels, batch.augment, dropout)
         weight_N = consistency_weight(t_N, r_N, self.weight, self.sigma_data)

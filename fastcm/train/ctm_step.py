@@ -21,6 +21,7 @@ from fastcm.data.batch import Batch
 from fastcm.diffusion.adversarial import adaptive_weight
 from fastcm.diffusion.preconditioners import Scalings
 from fastcm.kernels.philox import PhiloxKey
+from fastcm.model import per_image
 from fastcm.objectives.base import Networks, TrainingBatch, noise_key
 from fastcm.objectives.ctm import CTM, Jumps
 from fastcm.random import Stream
@@ -192,11 +193,10 @@ class CTMStep:
 
     def _features(self, points: list[Noised], second: list[Tensor], labels: Tensor | None) -> Tensor:
         """The student's features before its last layer for all points in one batch."""
-        inputs, c_noise = (
-            torch.cat(values) for values in zip(*((p.input_NCHW, p.scalings.c_noise) for p in points), strict=True)
-        )
+        input_NCHW = torch.cat([point.input_NCHW for point in points])
+        c_noise_N = torch.cat([point.scalings.c_noise for point in points])
         labels = None if labels is None else labels.repeat(len(points), 1)
-        return self._trunk(inputs, c_noise, torch.cat(second), labels)
+        return self._trunk(input_NCHW, c_noise_N, torch.cat(second), labels)
 
     def _noised(self, batch: TrainingBatch, sigma_N: Tensor, noise: Noise) -> Noised:
         scalings = self.objective.precond.scalings(sigma_N)
@@ -225,8 +225,7 @@ class CTMStep:
         head = self.networks.student.net.head
         F_NCHW = torch.func.functional_call(head, {"weight": weight, "bias": bias}, (features,))
         F_NCHW = F_NCHW[:, : self.networks.student.image_shape[0]].float()
-        c_skip, c_out = (value[:, None, None, None] for value in point.scalings[:2])
-        return c_skip * point.x_NCHW + c_out * F_NCHW
+        return per_image(point.scalings.c_skip) * point.x_NCHW + per_image(point.scalings.c_out) * F_NCHW
 
     def _dsm_factor(self, ctm: Gradients, dsm: Gradients) -> Tensor | float:
         """lambda: fixed, or the ratio of the two gradients of the last layer's weight."""
