@@ -67,7 +67,8 @@ class OurStep:
     def generator_step(self, draws: Draws, adversarial: bool) -> Tensor:
         """The student's gradient; the consistency loss of each image."""
         levels = draws.noise, draws.dsm_sigma, draws.dsm_noise
-        return self.step.accumulate(draws.batch, draws.jumps, draws.num_steps, *levels, adversarial=adversarial)
+        task = self.step.task(draws.batch, draws.jumps, draws.num_steps, *levels)
+        return self.step.accumulate(task, adversarial=adversarial)
 
     def discriminator_step(self, draws: Draws) -> None:
         """The discriminator's gradient."""
@@ -97,7 +98,7 @@ class OurStep:
 
         return {
             "teacher": lambda: self.step.solve(draws.x_t, jumps, draws.num_steps, None),
-            "target": torch.no_grad()(lambda: self.step._target_image(self.networks, draws.x_t, jumps, None)),
+            "target": lambda: self.step.target(draws.x_t, jumps, None),
             "estimate": lambda: self.through_student(draws, jumps.t_N, jumps.s_N, False),
             "denoising": lambda: self.through_student(draws, draws.dsm_sigma, draws.dsm_sigma, True),
             "distance": lambda: differentiate(self.step._distance(estimate, images, jumps)),

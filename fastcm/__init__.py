@@ -1,14 +1,15 @@
 """fastcm: train and sample few-step image generators, fast.
 
-``load(path)`` gives a model with ``model(x, sigma) -> denoised``; ``sample(model, num, steps, seed)`` draws images.
+``load(path)`` gives a model with ``model(x, sigma) -> denoised``; ``sample(model, num, steps, seed)`` draws images;
+``accelerate(model)`` makes a model for drawing many.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "sample"]
+__all__ = ["__version__", "accelerate", "load", "sample"]
 
-_LAZY = {"load": "fastcm.io.bundle", "sample": "fastcm.sampling.generate"}
+_LAZY = {"accelerate": "fastcm.sampling.accelerate", "load": "fastcm.io.bundle", "sample": "fastcm.sampling.generate"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,11 @@ def _one_thread_per_worker():
         torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def run_cli(cwd: Path, *arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
     """Run ``fastcm ARGUMENTS`` in a folder, on the CPU, with one thread."""
     return subprocess.run(

@@ -75,6 +75,21 @@ def test_seed_names_the_same_images_at_any_batch_size(fastcm_cli, tmp_path, bund
     assert np.abs(whole.astype(int) - other).max() > 10
 
 
+def test_accelerate_on_a_cpu_is_an_error(fastcm_cli, bundle):
+    run = fastcm_cli("sample", bundle, "--accelerate")
+    assert run.returncode == 2
+    assert "accelerate: nothing to do for a model on cpu; use a GPU" in run.stderr
+
+
+@pytest.mark.gpu
+def test_accelerate_gives_the_same_images(fastcm_cli, tmp_path, bundle):
+    images = sampled(fastcm_cli, tmp_path, "--num", "4")
+    run = fastcm_cli("sample", bundle, "--num", "4", "--accelerate", "--out", "fast.npz", CUDA_VISIBLE_DEVICES="0")
+    assert run.returncode == 0, run.stderr
+    with np.load(tmp_path / "fast.npz") as file:
+        assert np.abs(images.astype(int) - file["images"]).max() <= 1
+
+
 def test_steps_mid_sigma_and_average_change_the_images(fastcm_cli, tmp_path, bundle):
     variants = [
         ["--steps", "1"],

@@ -68,6 +68,10 @@ def literal_loss(objective, networks, batch, seed, num_steps):
     return consistency + adaptive_weight(*norms) * dsm
 
 
+def run_step(step, batch, first_image):
+    return step(step.prepare(batch, first_image), {})
+
+
 def gradients_of(networks):
     return {name: p.grad.clone() for name, p in networks.student.net.named_parameters() if p.grad is not None}
 
@@ -76,7 +80,7 @@ def test_the_cut_gradient_is_that_of_the_literal_expression():
     objective = CTM(distance="squared", max_solver_steps=3, num_levels=8)
     networks, batch = networks_of(objective), tiny_batch(4)
     first_image = next(i for i in range(100) if objective.num_solver_steps(3, i) == 2)
-    CTMStep(networks, objective, 3, 0, compiled=False)(batch, {}, first_image)
+    run_step(CTMStep(networks, objective, 3, 0, compiled=False), batch, first_image)
     found = gradients_of(networks)
     networks.student.zero_grad()
     literal_loss(objective, networks, batch, 3, 2).backward()
@@ -94,7 +98,7 @@ def test_microbatches_only_change_rounding(dsm):
     results = []
     for size in (0, 2):
         networks.student.zero_grad()
-        loss_N, t_N = CTMStep(networks, objective, 3, size, compiled=False)(batch, {}, 0)
+        loss_N, t_N = run_step(CTMStep(networks, objective, 3, size, compiled=False), batch, 0)
         results.append((loss_N, t_N, gradients_of(networks)))
     (loss, t, one), (other_loss, other_t, other) = results
     assert torch.equal(t, other_t)
@@ -114,10 +118,10 @@ def test_compiled_pieces_have_no_graph_breaks_and_serve_every_number_of_solver_s
     for number, first_image in enumerate(firsts):
         networks.student.zero_grad()
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            loss_N, _ = compiled(batch, {}, first_image)
+            loss_N, _ = run_step(compiled, batch, first_image)
         found = gradients_of(networks)
         networks.student.zero_grad()
-        expected_N, _ = CTMStep(networks, objective, 3, 0, compiled=False)(batch, {}, first_image)
+        expected_N, _ = run_step(CTMStep(networks, objective, 3, 0, compiled=False), batch, first_image)
         torch.testing.assert_close(loss_N, expected_N, rtol=1e-4, atol=1e-5)
         for name, gradient in gradients_of(networks).items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item() + 1e-6)
@@ -291,13 +295,13 @@ def test_generator_loss_is_weighed_against_consistency_at_the_last_layer():
             return (fake * target).flatten(1).sum(1)
 
     step = CTMStep(networks, objective, 3, 0, False, Judge())
-    step(batch, {}, 0)
+    step(step.prepare(batch, 0), {})
     found = gradients_of(networks)
     networks.student.zero_grad()
     num_steps = objective.num_solver_steps(3, 0)
     jumps = objective.jumps(batch.index, 3, num_steps)
     x_t = batch.images + jumps.t_N[:, None, None, None] * Stream(3, "noise").image_normal(batch.index, SHAPE)
-    aim = step.target(x_t, jumps, num_steps, batch.labels)
+    aim = step.target(step.solve(x_t, jumps, num_steps, batch.labels), jumps, batch.labels)
     x_s = networks.student.jump(x_t, jumps.t_N, jumps.s_N, batch.labels)
     estimate = networks.target.jump(x_s, jumps.s_N, objective.sigma_min, batch.labels)
     consistency = (estimate - aim).square().flatten(1).sum(1).mean()

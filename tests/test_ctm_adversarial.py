@@ -30,6 +30,7 @@ from fastcm.train.step import parts_of
 CPU = torch.device("cpu")
 FEATURES = FeaturesConfig.model_validate(GAN["features"])
 TINY_GAN = {"width": 16, "norm": "group"}
+RATE = torch.tensor(GANConfig().optimizer.lr)
 
 
 def adversary_of(label_dim=0, first_image=0, **options):
@@ -128,9 +129,9 @@ def test_losses_of_an_image_do_not_depend_on_the_part_of_the_batch_it_is_in(monk
     monkeypatch.setattr(phase.adversary, "_count", lambda name, loss_N: seen[name].append(loss_N.detach()))
     results = []
     for size in (16, 8):
-        parts = [phase.gradient(part, {}, 64) for part in parts_of(batch, size)]
+        parts = [phase.gradient(phase.gradient.prepare(part, 64), {}) for part in parts_of(batch, size)]
         for part in parts_of(batch, size):
-            phase.gradient.train_discriminator(part, 64)
+            phase.gradient.train_discriminator(phase.gradient.prepare_discriminator(part, 64))
         ours = [torch.cat(column) for column in zip(*parts, strict=True)]
         results.append((*ours, *(torch.cat(seen[name]) for name in seen)))
         seen = {name: [] for name in seen}
@@ -148,7 +149,7 @@ def test_the_discriminators_gradient_adds_up_over_parts():
     for size in (16, 4):
         phase = phase_of({**GAN["gan"], "start_images": 0})
         phase.gradient.microbatch_size = size
-        phase.gradient.train_discriminator(phase.loader.batch(64), 64)
+        phase.gradient.train_discriminator(phase.gradient.prepare_discriminator(phase.loader.batch(64), 64))
         found.append({name: p.grad for name, p in phase.adversary.discriminator.heads.named_parameters()})
         assert all(p.grad is None for p in phase.model.parameters())
     for name, gradient in found[0].items():
@@ -199,14 +200,14 @@ def test_it_learns_real_from_generated_images():
     for _ in range(12):
         adversary.accumulate(real, fake, None, index)
         losses.append(adversary.read()["discriminator_loss"])
-        adversary.step(0, 1000)
+        adversary.step(RATE)
     assert losses[-1] < 0.5 * losses[0]
     assert adversary.generator_loss(real, None, index).mean() < adversary.generator_loss(fake, None, index).mean()
 
 
 def test_the_generators_step_leaves_no_gradient_in_the_discriminator():
     phase = phase_of({**GAN["gan"], "start_images": 0})
-    phase.gradient(phase.loader.batch(64), {}, 64)
+    phase.gradient(phase.gradient.prepare(phase.loader.batch(64), 64), {})
     assert all(p.grad is None and not p.requires_grad for p in phase.adversary.discriminator.heads.parameters())
     assert all(p.grad is not None for p in phase.model.net.head.parameters())
 
@@ -219,7 +220,7 @@ def test_the_discriminator_is_shown_the_batch_and_the_jumps_that_the_generator_w
     for num_steps in (1, 2):
         first = next(image for image in range(64, 1000) if phase.objective.num_solver_steps(0, image) == num_steps)
         batch = phase.loader.batch(first)
-        phase.gradient.train_discriminator(batch, first)
+        phase.gradient.train_discriminator(phase.gradient.prepare_discriminator(batch, first))
         expected = phase.objective.jumps(batch.index, 0, num_steps)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(jumps_seen[-1], expected, strict=True))
         real, generated, labels, index, share = shown[-1]
@@ -266,7 +267,7 @@ def test_what_is_compiled_before_the_stage_can_be_differentiated_twice_in_it(mon
         return real(*arguments)
 
     monkeypatch.setattr(phase.gradient, "_estimate", estimate)
-    phase.gradient(phase.loader.batch(64), {}, 64)
+    phase.gradient(phase.gradient.prepare(phase.loader.batch(64), 64), {})
     assert donated == [False]
 
 
@@ -284,7 +285,7 @@ def test_the_discriminators_learning_rate_counts_from_its_start():
         adversary = adversary_of(start_images=100, optimizer=optimizer)
         before = copy_of(adversary.tensors())
         adversary.accumulate(images(), images(draw=1), None, torch.arange(4))
-        adversary.step(images_seen, 1100)
+        adversary.step(torch.tensor(adversary.learning_rate(images_seen, 1100)))
         name = "heads/0.0.last.weight"
         return (adversary.tensors()[name] - before[name]).abs().max().item()
 
@@ -303,17 +304,17 @@ def test_a_discriminator_step_that_is_not_finite_changes_no_bit(wrong):
     adversary, index = adversary_of(augment=False), torch.arange(4)
     for _ in range(2):
         adversary.accumulate(images(), images(draw=1), None, index)
-        adversary.step(0, 100)
+        adversary.step(RATE)
     adversary.read()
     before = copy_of(adversary.tensors())
     fake = images(draw=1)
     fake[1] = wrong
     adversary.accumulate(images(), fake, None, index)
-    adversary.step(0, 100)
+    adversary.step(RATE)
     assert differing(before, adversary.tensors()) in ([], ["meter"])
     assert all(torch.tensor(value).isfinite() for value in adversary.read().values())
     adversary.accumulate(images(), images(draw=1), None, index)
-    adversary.step(0, 100)
+    adversary.step(RATE)
     after = adversary.tensors()
     assert {"heads/0.0.last.weight", "heads/0.0.last.v"} <= set(differing(before, after))  # the spectral norm follows
     assert all(value.isfinite().all() for value in after.values())

@@ -86,7 +86,7 @@ def run(name, **changes):
         order = torch.cat([torch.arange(half) * 2, torch.arange(half) * 2 + 1])
         normal, uniform = (tensors[key].repeat(2) for key in ("in/dsm_randn_sigma", "in/dsm_rand_sigma"))
         sigma, noise = objective.dsm_sigma_at(order, normal, uniform), tensors["in/dsm_noise"]
-    loss_N = step.accumulate(batch, jumps, num_steps, tensors["in/noise"], sigma, noise)
+    loss_N = step.accumulate(step.task(batch, jumps, num_steps, tensors["in/noise"], sigma, noise))
     return case, objective, step, (batch, jumps, loss_N)
 
 
@@ -96,8 +96,9 @@ def assert_equal_to_the_official_run(name, **changes):
     for level, value in zip("tus", (jumps.t_N, jumps.u_N, jumps.s_N), strict=True):
         case.close(value, f"mid/{level}")
     x_t = batch.images + jumps.t_N[:, None, None, None] * case.tensors["in/noise"]
-    case.close(step.solve(x_t, jumps, case.config["num_heun_step"], batch.labels), "mid/x_u")
-    case.close(step.target(x_t, jumps, case.config["num_heun_step"], batch.labels), "mid/target")
+    x_u = step.solve(x_t, jumps, case.config["num_heun_step"], batch.labels)
+    case.close(x_u, "mid/x_u")
+    case.close(step.target(x_u, jumps, batch.labels), "mid/target")
     case.close(objective.weight_of(jumps), "mid/weights")
     case.close(loss_N / pixels, "out/consistency_l2")
     net = step.networks.student.net

@@ -8,8 +8,6 @@ from fastcm.data import Batch, Loader, ResidentDataset, load_resident, open_sour
 from fastcm.data.augment import AugmentPipe
 from fastcm.errors import ConfigError
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture(scope="module")
 def digits() -> ResidentDataset:
@@ -106,7 +104,6 @@ def test_batch_that_cannot_be_split_is_refused(digits):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("resident", ["cpu", "cuda"])
 def test_gpu_batches_equal_cpu_batches_and_never_wait(patches, resident):
     moved = ResidentDataset(patches.images.to(resident), None, 0, "china", "china.jpg")

@@ -246,7 +246,6 @@ def test_forward_and_backward_compile_without_graph_breaks():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_inductor_gives_the_eager_network():
     net, (x, c_noise) = with_gains(tiny(label_dim=10)).cuda(), (value.cuda() for value in inputs())
     labels = torch.eye(10, device="cuda")[:3]

@@ -95,7 +95,6 @@ def test_constraining_compiles_without_graph_breaks():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_constraint_follows_the_flag():
     net, finite = tiny().cuda(), torch.ones((), device="cuda")
     net.constrain_weights(finite)

@@ -331,7 +331,6 @@ def test_missing_solver_is_named(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_what_the_cpu_gives():
     model, images = unet_model(), digits(3)
     options = {"levels": 17, "probes": 2, "residual": "corrected"}

@@ -76,6 +76,7 @@ def likelihood_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--ema", default="", help="Weight average to use, or 'net' for the raw weights; default the first average.")
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(1))
+@click.option("--accelerate", is_flag=True, help="On a GPU, compile the network and replay it as CUDA graphs.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def sample(
     model: Path,
@@ -87,6 +88,7 @@ def sample(
     mid_sigmas: tuple[float, ...],
     ema: str,
     batch_size: int,
+    accelerate: bool,
     device: str,
     **sampler: str | float | None,
 ) -> None:
@@ -95,6 +97,7 @@ def sample(
     from fastcm.errors import CheckpointError
     from fastcm.io.bundle import load
     from fastcm.io.images import check_destination, save_images
+    from fastcm.sampling.accelerate import accelerate as accelerated
     from fastcm.sampling.generate import draw_labels
     from fastcm.sampling.generate import sample as draw
     from fastcm.train.build import compute_settings, select_device
@@ -102,6 +105,7 @@ def sample(
     check_destination(out)
     with compute_settings(ComputeConfig()):
         network = load(model, ema=ema, device=select_device(device))
+        network = accelerated(network) if accelerate else network
         labels = draw_labels(network, num, seed, label)
         options = {"mid_sigmas": mid_sigmas or None, "batch_size": batch_size, **sampler}
         images = draw(network, num, steps, seed, labels=labels, **options)

@@ -80,11 +80,12 @@ class ComputeConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's torso; everything else stays fp32
     tf32: bool = False  # TensorFloat-32 for fp32 convolutions and matrix products on CUDA
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on CUDA only
+    cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the whole step as one CUDA graph; auto = on CUDA
     backend: Literal["auto", "torch", "triton", "xformers", "apex"] = "auto"  # of the kernels; auto = the fastest that runs
     strict: bool = False  # a kernel that cannot run is an error instead of a warning and its PyTorch reference
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads; 0 = torch's choice; 1 gives the same bits on any number of cores
 
-    @field_validator("compile", mode="before")
+    @field_validator("compile", "cuda_graph", mode="before")
     @classmethod
     def _read_yaml_words(cls, value: object) -> object:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML 1.1 reads on as true

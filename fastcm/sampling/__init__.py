@@ -1,6 +1,7 @@
 """Samplers in k-diffusion's convention, and ``sample``, which makes images from a model and a seed."""
 
 from fastcm.sampling.ablation import Ablation, sample_ablation
+from fastcm.sampling.accelerate import AcceleratedModel, accelerate
 from fastcm.sampling.classifier import Classifier, ClassifierGuided, sample_with_rejection
 from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
 from fastcm.sampling.edm import sample_euler, sample_heun
@@ -11,10 +12,12 @@ from fastcm.sampling.trajectory import sample_trajectory
 
 __all__ = [
     "Ablation",
+    "AcceleratedModel",
     "Classifier",
     "ClassifierGuided",
     "Guided",
     "Likelihood",
+    "accelerate",
     "bits_per_dim",
     "consistency_sigmas",
     "sample",

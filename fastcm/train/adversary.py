@@ -81,14 +81,14 @@ class Adversary:
         (share * loss_N.mean()).backward()
         self._count("discriminator_loss", loss_N)
 
-    def step(self, images: int, duration_images: int) -> None:
-        """One step of the discriminator's optimizer with the gradients accumulated; its schedule begins when it does.
-
-        images: those of the phase seen, of duration_images. A gradient that is not finite changes nothing.
-        """
+    def learning_rate(self, images: int, duration_images: int) -> float:
+        """That of the discriminator after ``images`` of the phase's images; its schedule begins when it does."""
         before = self.config.start_images
-        lr = learning_rate(self.config.optimizer, images - before, duration_images - before)
-        finite, _ = self.optimizer.step(torch.full((), lr, device=self.totals.device))
+        return learning_rate(self.config.optimizer, images - before, duration_images - before)
+
+    def step(self, lr: Tensor) -> None:
+        """One step of the discriminator's optimizer with the gradients accumulated; one that is not finite changes nothing."""
+        finite, _ = self.optimizer.step(lr)
         self.discriminator.constrain_weights(finite)
 
     def _logits(self, images_NCHW: Tensor, labels: Tensor | None, index_N: Tensor, fake: bool) -> Tensor:

@@ -20,6 +20,7 @@ from fastcm import ops
 from fastcm.data.batch import Batch
 from fastcm.diffusion.adversarial import adaptive_weight
 from fastcm.diffusion.preconditioners import Scalings
+from fastcm.graphs import Recorder, graphed
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import per_image
 from fastcm.objectives.base import Networks, TrainingBatch, noise_key
@@ -39,6 +40,26 @@ class Noised(NamedTuple):
     scalings: Scalings
     x_NCHW: Float[Tensor, "N C H W"]
     input_NCHW: Float[Tensor, "N C H W"]
+
+
+class Task(NamedTuple):
+    """What is known of some images before the student learns from them: their jumps, where it begins, and what to come to.
+
+    x_u_NCHW: the teacher's way from x_t to u. at_sigma: the images of the denoising loss, None without one.
+    """
+
+    batch: TrainingBatch
+    jumps: Jumps
+    at_t: Noised
+    x_u_NCHW: Float[Tensor, "N C H W"]
+    at_sigma: Noised | None
+
+
+class Work(NamedTuple):
+    """The tasks of a batch, one for each microbatch; whether the adversary has a say."""
+
+    tasks: list[Task]
+    adversarial: bool
 
 
 class Gradients(NamedTuple):
@@ -69,37 +90,45 @@ class CTMStep:
         microbatch_size: int,
         compiled: bool,
         adversary: Adversary | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
         self.adversary = adversary
-        self._solver_step = _compiled(objective.solver_step, compiled)
+        # A graph of its own, replayed k times: one recording serves every number of solver steps.
+        self._solver_step = graphed(partial(_compiled(objective.solver_step, compiled), networks.teacher), recorder)
         self._target_image = _compiled(objective.target_image, compiled)
         self._trunk = _compiled(self._plain_trunk, compiled)
         self._estimate = _compiled(self._plain_estimate, compiled)
         self._distance = _compiled(partial(objective.consistency_loss, networks), compiled)
         self._denoising = _compiled(self._plain_denoising, compiled)
 
-    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], first_image: int) -> tuple[Tensor, Tensor]:
-        """Consistency loss and noise level t of every image, detached; ``first_image`` names the draw of the solver steps."""
+    def prepare(self, batch: Batch, first_image: int) -> Work:
+        """The tasks of a batch, whose first image has this global number, which names the draw of the solver steps."""
         num_steps = self.objective.num_solver_steps(self.seed, first_image)
-        losses, levels = [], []
+        tasks = []
         for part in parts_of(batch, self.microbatch_size):
             jumps = self.objective.jumps(part.index, self.seed, num_steps)
             dsm = self.objective.dsm_sigma(part.index, self.seed), Stream(self.seed, "dsm_noise").at(part.index)
-            options = {"share": len(part.index) / len(batch.index), "adversarial": self._is_adversarial(first_image)}
-            losses.append(self.accumulate(part, jumps, num_steps, noise_key(part, self.seed), *dsm, **options))
-            levels.append(jumps.t_N)
-        return torch.cat(losses), torch.cat(levels)
+            tasks.append(self.task(part, jumps, num_steps, noise_key(part, self.seed), *dsm))
+        return Work(tasks, self.adversary is not None and self.adversary.active(first_image))
 
-    def _is_adversarial(self, first_image: int) -> bool:
-        return self.adversary is not None and self.adversary.active(first_image)
+    def __call__(self, work: Work, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Consistency loss and noise level t of every image, detached; a CUDA graph can hold it."""
+        num_images = sum(len(task.batch.index) for task in work.tasks)
+        losses = [self.accumulate(task, len(task.batch.index) / num_images, work.adversarial) for task in work.tasks]
+        return torch.cat(losses), torch.cat([task.jumps.t_N for task in work.tasks])
 
-    def train_discriminator(self, batch: Batch, first_image: int) -> None:
-        """Accumulate the discriminator's gradient on the real images and the student's estimates, whose graph is not built."""
+    def prepare_discriminator(self, batch: Batch, first_image: int) -> list[tuple[Batch, Jumps]]:
+        """The images of each microbatch with the jumps that the student estimates them by."""
         num_steps = self.objective.num_solver_steps(self.seed, first_image)
-        for part in parts_of(batch, self.microbatch_size):
-            fake_NCHW = self.generate(part, self.objective.jumps(part.index, self.seed, num_steps))
-            share = len(part.index) / len(batch.index)
+        parts = parts_of(batch, self.microbatch_size)
+        return [(part, self.objective.jumps(part.index, self.seed, num_steps)) for part in parts]
+
+    def train_discriminator(self, parts: list[tuple[Batch, Jumps]]) -> None:
+        """Accumulate the discriminator's gradient on the real images and the student's estimates, whose graph is not built."""
+        num_images = sum(len(part.index) for part, _ in parts)
+        for part, jumps in parts:
+            fake_NCHW, share = self.generate(part, jumps), len(part.index) / num_images
             self.adversary.accumulate(part.images, fake_NCHW, part.labels, part.index, share)
 
     @torch.no_grad()
@@ -109,7 +138,8 @@ class CTMStep:
         features = self._features([at_t], [self._second(self.objective.jumped_to(jumps))], batch.labels)
         return self._estimate(features, list(self.networks.student.net.head.parameters()), at_t, jumps, batch.labels)
 
-    def accumulate(
+    @torch.no_grad()
+    def task(
         self,
         batch: TrainingBatch,
         jumps: Jumps,
@@ -117,27 +147,31 @@ class CTMStep:
         noise: Noise,
         dsm_sigma_N: Float[Tensor, " N"],
         dsm_noise: Noise,
-        share: float = 1.0,
-        adversarial: bool = False,
-    ) -> Float[Tensor, " N"]:
-        """Add the gradient at given noise levels, with unit normal noises or their keys, times ``share``.
-
-        adversarial: whether the adversary has a say. Returns the consistency loss of each image, detached.
-        """
+    ) -> Task:
+        """The task at given noise levels, with unit normal noises or their keys."""
         at_t = self._noised(batch, jumps.t_N, noise)
-        target_NCHW = self.target(at_t.x_NCHW, jumps, num_steps, batch.labels)
+        at_sigma = None if self.objective.dsm == "none" else self._noised(batch, dsm_sigma_N, dsm_noise)
+        return Task(batch, jumps, at_t, self.solve(at_t.x_NCHW, jumps, num_steps, batch.labels), at_sigma)
+
+    def accumulate(self, task: Task, share: float = 1.0, adversarial: bool = False) -> Float[Tensor, " N"]:
+        """Add the gradient of a task, times ``share``; returns the consistency loss of each image, detached.
+
+        adversarial: whether the adversary has a say.
+        """
+        batch, jumps, at_t = task.batch, task.jumps, task.at_t
+        target_NCHW = self.target(task.x_u_NCHW, jumps, batch.labels)
         points, second = [at_t], [self._second(self.objective.jumped_to(jumps))]
-        if self.objective.dsm != "none":
-            points.append(self._noised(batch, dsm_sigma_N, dsm_noise))
-            second.append(points[1].scalings.c_noise)
+        if task.at_sigma is not None:
+            points.append(task.at_sigma)
+            second.append(task.at_sigma.scalings.c_noise)
         features = self._features(points, second, batch.labels)
         leaves = [part.detach().requires_grad_() for part in features.split(len(batch.images))]
         layer = list(self.networks.student.net.head.parameters())
         loss_N, ctm, gan = self._differentiate(leaves[0], layer, at_t, target_NCHW, jumps, batch, adversarial)
         total = ctm if gan is None else ctm.plus(gan, self._gan_factor(ctm, gan))
         by_layer, by_features = total
-        if self.objective.dsm != "none":
-            dsm_N = self._denoising(leaves[1], layer, points[1], batch.images)
+        if task.at_sigma is not None:
+            dsm_N = self._denoising(leaves[1], layer, task.at_sigma, batch.images)
             dsm = _gradients(dsm_N.mean(), layer, leaves[1])
             factor = self._dsm_factor(ctm, dsm)
             by_layer = [one + factor * other for one, other in zip(by_layer, dsm.layer, strict=True)]
@@ -171,11 +205,9 @@ class CTMStep:
         return loss_N, found[0], found[1] if adversarial else None
 
     @torch.no_grad()
-    def target(
-        self, x_t_NCHW: Float[Tensor, "N C H W"], jumps: Jumps, num_steps: int, labels: Tensor | None
-    ) -> Float[Tensor, "N C H W"]:
-        """What the estimates from x_t must come to."""
-        return self._target_image(self.networks, self.solve(x_t_NCHW, jumps, num_steps, labels), jumps, labels)
+    def target(self, x_u_NCHW: Tensor, jumps: Jumps, labels: Tensor | None) -> Float[Tensor, "N C H W"]:
+        """What the estimates must come to, x_u being where the teacher's way from x_t ends."""
+        return self._target_image(self.networks, x_u_NCHW, jumps, labels)
 
     @torch.no_grad()
     def solve(self, x_NCHW: Tensor, jumps: Jumps, num_steps: int, labels: Tensor | None) -> Float[Tensor, "N C H W"]:
@@ -183,7 +215,7 @@ class CTMStep:
         if not self.objective.needs_teacher:
             return self.networks.target.jump(x_NCHW, jumps.t_N, jumps.u_N, labels)
         for t_N, r_N in pairwise(self.objective.solver_level(jumps, step) for step in range(num_steps + 1)):
-            x_NCHW = self._solver_step(self.networks.teacher, x_NCHW, t_N, r_N, labels)
+            x_NCHW = self._solver_step(x_NCHW, t_N, r_N, labels)
         return x_NCHW
 
     def _second(self, s_N: Tensor) -> Tensor:

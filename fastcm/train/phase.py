@@ -10,16 +10,20 @@ from torch import Tensor
 
 from fastcm.config import Config
 from fastcm.data.augment import AugmentPipe
+from fastcm.data.batch import Batch
 from fastcm.data.dataset import ResidentDataset
 from fastcm.data.loader import Loader
+from fastcm.errors import ConfigError
+from fastcm.graphs import CudaRecorder, Recorder, graphed
 from fastcm.io.bundle import BundleHeader, model_from_header, save_bundle
 from fastcm.io.tensors import copy_into
 from fastcm.model import Model
 from fastcm.nn.build import build_network
 from fastcm.objectives import CTM, Networks
+from fastcm.objectives.ctm import Jumps
 from fastcm.train.adversary import Adversary
 from fastcm.train.build import build_objective, sampling_form
-from fastcm.train.ctm_step import CTMStep
+from fastcm.train.ctm_step import CTMStep, Work
 from fastcm.train.networks import (
     DTYPES,
     bundle_weights,
@@ -61,8 +65,12 @@ class Phase:
         augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
         self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
         self.adversary = self._build_adversary()
-        self.gradient = self._build_gradient(compile_step(config, device))
+        recorder = graph_recorder(config, device)
+        self.gradient = self._build_gradient(compile_step(config, device), recorder)
         self.meter = LossMeter(device)
+        # Each turn is one CUDA graph from its inputs to the last write of its state.
+        self._learn = graphed(self._student_turn, recorder)
+        self._learn_to_judge = graphed(self._discriminator_turn, recorder)
 
     def _build_model(self, data: ResidentDataset) -> Model:
         header, settings = self.header, self.settings
@@ -89,9 +97,9 @@ class Phase:
             return None
         return Adversary(gan, self.config.features, self.header.label_dim, self.config.seed, self.first_image, self.device)
 
-    def _build_gradient(self, compiled: bool) -> GradientStep | CTMStep:
+    def _build_gradient(self, compiled: bool, recorder: Recorder | None) -> GradientStep | CTMStep:
         options = (self.networks, self.objective, self.config.seed, self.settings.microbatch_size, compiled)
-        return CTMStep(*options, self.adversary) if isinstance(self.objective, CTM) else GradientStep(*options)
+        return CTMStep(*options, self.adversary, recorder) if isinstance(self.objective, CTM) else GradientStep(*options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,16 +148,23 @@ class Phase:
         first_image = self.first_image + self.images
         batch = self.loader.batch(first_image)
         if self.adversary is not None and self.adversary.has_turn(first_image, size):
-            self.gradient.train_discriminator(batch, first_image)
-            self.adversary.step(self.images, self.settings.duration_images)
-            self.images += size
-            return
-        schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
-        loss_N, sigma_N = self.gradient(batch, schedule, first_image)
-        finite, norm = self.optimizer.step(self._scalar(self.learning_rate), self._ema_betas())
+            lr = self._scalar(self.adversary.learning_rate(self.images, self.settings.duration_images))
+            self._learn_to_judge(self.gradient.prepare_discriminator(batch, first_image), lr)
+        else:
+            schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
+            prepared = self.gradient.prepare(batch, first_image)
+            self._learn(prepared, schedule, self._scalar(self.learning_rate), self._ema_betas())
+        self.images += size
+
+    def _student_turn(self, prepared: Batch | Work, schedule: dict[str, Tensor], lr: Tensor, ema_betas: Tensor) -> None:
+        loss_N, sigma_N = self.gradient(prepared, schedule)
+        finite, norm = self.optimizer.step(lr, ema_betas)
         self.model.net.constrain_weights(finite)
         self.meter.add(loss_N, sigma_N, norm, finite)
-        self.images += size
+
+    def _discriminator_turn(self, parts: list[tuple[Batch, Jumps]], lr: Tensor) -> None:
+        self.gradient.train_discriminator(parts)
+        self.adversary.step(lr)
 
     def _ema_betas(self) -> Tensor:
         """The decay of each average in the next step."""
@@ -241,3 +256,15 @@ def _trajectory(config: Config, name: str) -> dict[str, Any] | None:
 def compile_step(config: Config, device: torch.device) -> bool:
     """Whether torch.compile wraps the step: as asked, or by default on CUDA only (a CPU has no compiler for certain)."""
     return config.compute.compile == "on" or (config.compute.compile == "auto" and device.type == "cuda")
+
+
+def graph_recorder(config: Config, device: torch.device) -> Recorder | None:
+    """What records the step as a CUDA graph: on CUDA unless ``compute.cuda_graph`` is off; None for a step that runs as it is.
+
+    Raises ConfigError for graphs that are asked for on a CPU.
+    """
+    if device.type == "cuda":
+        return None if config.compute.cuda_graph == "off" else CudaRecorder(device)
+    if config.compute.cuda_graph == "on":
+        raise ConfigError("compute.cuda_graph is 'on', but a CPU has no graphs: set it to 'auto' or 'off'")
+    return None

@@ -23,8 +23,12 @@ class GradientStep:
         terms = self.objective.loss(self.networks, batch, self.seed, schedule)
         return terms.loss_N, terms.sigma_N
 
-    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], first_image: int) -> tuple[Tensor, Tensor]:
-        """Loss and noise level of every sample, detached; ``first_image`` is the number of the first one, known on the host."""
+    def prepare(self, batch: Batch, first_image: int) -> Batch:
+        """What a call takes of a batch, whose first image has this global number: here the batch itself."""
+        return batch
+
+    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and noise level of every sample, detached; nothing here depends on the host, so a CUDA graph can hold it."""
         losses, sigmas = [], []
         for part in parts_of(batch, self.microbatch_size):
             loss_N, sigma_N = self._loss(part, schedule)

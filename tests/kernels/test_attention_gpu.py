@@ -8,7 +8,7 @@ from fastcm.kernels.attention import attention, attention_jvp, derivatives
 from fastcm.kernels.runtime.fallback import failures, set_strict
 from fastcm.random import Stream
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 NETWORKS = sorted({shape for name in SHAPE_SETS for shape in kernel_calls(name) if isinstance(shape, AttentionShape)})
 ODD = [(1, 1, 5), (17, 2, 24), (250, 3, 40), (300, 1, 80), (1000, 2, 128), (1023, 1, 256), (4096, 1, 64), (4096, 1, 256)]

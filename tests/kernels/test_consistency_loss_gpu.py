@@ -9,7 +9,7 @@ from fastcm.kernels.consistency_loss import consistency_loss, consistency_loss_r
 from fastcm.kernels.runtime.fallback import failures, set_strict
 from fastcm.random import Stream
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 SHAPES = [(128, 3, 32, 32), (128, 3, 64, 64), (2, 3, 256, 256), (5, 3, 17, 23), (512, 1, 8, 8)]
 OPTIONS = [("squared", 0.0), ("l2", 0.0), ("pseudo_huber", 0.03)]

@@ -15,10 +15,7 @@ from fastcm.kernels.runtime.fallback import failures, set_strict
 from fastcm.random import Stream
 from fastcm.train.optimizer import Optimizer, WeightAverage
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 FULL = {"averages": 3, "copy_dtype": torch.bfloat16, "loss_scale": 1024.0}
 LONG, CONV = list(SHAPES).index("long"), list(SHAPES).index("conv")
