@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +253,24 @@ def test_options_that_cannot_work_are_named_before_the_first_step(change, messag
     run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
     assert run.returncode == 2
     assert message in run.stderr
+
+
+@pytest.mark.parametrize("kind", ["cd", "pd"])
+def test_a_teacher_keeps_its_convolutions_in_the_dtype_they_are_used_in(kind):
+    config = parse_config({**config_of(kind), "compute": {"dtype": "bfloat16"}}, "tiny")
+    device = torch.device("cpu")
+    data = load_resident(open_source("digits", "", labels=False), device=device)
+    before = Phase(config, "pretrain", data, device, 0)
+    before.start(None)
+    phase = Phase(config, "distill", data, device, 0)
+    phase.start(before.averaged_weights())
+    phase._promote_student()
+    student, teacher = phase.model.net.state_dict(), phase.networks.teacher.net.state_dict()
+    assert {value.dtype for value in student.values()} == {torch.float32}
+    assert {value.dtype for value in teacher.values() if value.ndim == 4} == {torch.bfloat16}
+    assert all(torch.equal(value, student[name].to(value.dtype)) for name, value in teacher.items())
+    phase.step()
+    assert phase.meter.read()["loss"] > 0
+    again = Phase(config, "distill", data, device, 0)
+    again.load_tensors({name: value.clone() for name, value in phase.tensors().items()}, phase.images, Path("saved"))
+    assert all(torch.equal(value, teacher[name]) for name, value in again.networks.teacher.net.state_dict().items())

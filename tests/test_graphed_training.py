@@ -96,8 +96,7 @@ def test_replayed_steps_equal_plain_ones_bit_for_bit(name, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize(("name", "compiled"), [*((name, "off") for name in CASES), ("ect", "on"), ("ctm_gan", "on")])
 def test_replayed_steps_equal_plain_ones_on_a_gpu(name, compiled, monkeypatch):
     recorder = CudaRecorder(torch.device("cuda"))
     phases = [phase_of(name, "cuda", each, monkeypatch, compile=compiled) for each in (None, recorder)]

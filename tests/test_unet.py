@@ -8,7 +8,7 @@ import torch
 from fastcm.errors import CheckpointError
 from fastcm.io.edm_layout import from_edm, to_edm
 from fastcm.nn import FAMILIES, UNet
-from fastcm.nn.layers import GroupNorm
+from fastcm.nn.layers import GroupNorm, store_convolutions
 from fastcm.random import Stream
 
 CHANNELS_LAST = torch.channels_last
@@ -372,3 +372,19 @@ def test_import_neither_changes_nor_copies_more_than_it_must():
     loaded = from_edm(state, unet)
     assert loaded["map_layer0.weight"] is state["map_layer0.weight"]
     assert all(torch.equal(loaded[name], value) for name, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, SKIP], ids=[*FAMILIES, "skip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_convolutions_stored_in_the_dtype_they_are_used_in_give_the_same_bits(family, dtype):
+    unet = perturbed(tiny(family))
+    x, c_noise = inputs()
+    expected = unet(x.to(dtype), c_noise)
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    store_convolutions(unet, dtype)
+    assert torch.equal(unet(x.to(dtype), c_noise), expected)
+    stored = {name: weight for name, weight in unet.named_parameters() if weight.dtype == dtype != torch.float32}
+    whole = sum(weight.numel() for name, weight in before.items() if weight.ndim == 4)
+    assert sum(weight.numel() for weight in stored.values()) >= 0.9 * whole * (dtype != torch.float32)
+    assert all(weight.ndim == 4 and weight.is_contiguous(memory_format=CHANNELS_LAST) for weight in stored.values())
+    assert all(weight.dtype == torch.float32 for name, weight in unet.named_parameters() if name not in stored)

@@ -152,6 +152,18 @@ class GroupNorm(nn.Module):
 
 
 @torch.no_grad()
+def store_convolutions(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of all plain convolutions below ``module`` in ``dtype``, in which they are used.
+
+    A network that is not trained then computes the same bits without a cast of each weight in every pass.
+    ``ConvThenDown`` convolves its weights in fp32 before it uses them, so it keeps them.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Conv) and not isinstance(layer, ConvThenDown):
+            layer.weight.data = layer.weight.to(dtype)
+
+
+@torch.no_grad()
 def init_weights(module: nn.Module, seed: int) -> None:
     """Fill every parameter below ``module`` from streams named after it, so each layer's values stand alone."""
     for name, child in module.named_modules():

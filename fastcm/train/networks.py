@@ -13,6 +13,7 @@ from fastcm.io.bundle import BundleHeader, load, model_from_header, read_bundle,
 from fastcm.io.feature_files import load_lpips
 from fastcm.io.tensors import copy_into
 from fastcm.model import Model
+from fastcm.nn.layers import store_convolutions
 from fastcm.nn.perceptual import LPIPS
 from fastcm.train.optimizer import WeightAverage
 
@@ -41,15 +42,18 @@ def teacher_source(settings: PhaseConfig) -> str:
 
 
 def teacher_model(settings: PhaseConfig, before: BundleHeader | None, dtype: torch.dtype, device: torch.device) -> Model:
-    """The frozen teacher of a phase, with its weights where they come from a bundle.
+    """The frozen teacher of a phase, its convolutions in ``dtype``, with its weights where they come from a bundle.
 
     ``before`` is the header of the previous phase, whose averaged weights the teacher is given later where it is "previous".
     Raises CheckpointError for a bundle that is missing or damaged.
     """
     source = teacher_source(settings)
-    if source != "previous":
-        return load(source, device=device, dtype=dtype)
-    return model_from_header(before, dtype=dtype, origin=Path("previous phase")).to(device).eval().requires_grad_(False)
+    if source == "previous":
+        teacher = model_from_header(before, dtype=dtype, origin=Path("previous phase")).to(device).eval().requires_grad_(False)
+    else:
+        teacher = load(source, device=device, dtype=dtype)
+    store_convolutions(teacher.net, dtype)
+    return teacher
 
 
 def perceptual_distance(config: FeaturesConfig, seed: int, device: torch.device) -> LPIPS:

@@ -12,7 +12,7 @@ from source_tree import ROOT, Source, source_of, sources
 # From the bottom to the top. A part may import what stands on a lower line, and itself.
 LEVELS = (
     ("kernels",),
-    ("random", "errors", "passive_pickle"),
+    ("random", "errors", "graphs", "passive_pickle"),
     ("backends",),
     ("ops",),
     ("config", "configs"),
