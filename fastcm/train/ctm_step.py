@@ -96,6 +96,7 @@ class CTMStep:
         self.adversary = adversary
         # A graph of its own, replayed k times: one recording serves every number of solver steps.
         self._solver_step = graphed(partial(_compiled(objective.solver_step, compiled), networks.teacher), recorder)
+        self._self_jump = graphed(_compiled(self._plain_self_jump, compiled), recorder)
         self._target_image = _compiled(objective.target_image, compiled)
         self._trunk = _compiled(self._plain_trunk, compiled)
         self._estimate = _compiled(self._plain_estimate, compiled)
@@ -213,7 +214,7 @@ class CTMStep:
     def solve(self, x_NCHW: Tensor, jumps: Jumps, num_steps: int, labels: Tensor | None) -> Float[Tensor, "N C H W"]:
         """x_u: num_steps Heun steps of the teacher from t, or one jump of the average; no gradient."""
         if not self.objective.needs_teacher:
-            return self.networks.target.jump(x_NCHW, jumps.t_N, jumps.u_N, labels)
+            return self._self_jump(x_NCHW, jumps.t_N, jumps.u_N, labels)
         for t_N, r_N in pairwise(self.objective.solver_level(jumps, step) for step in range(num_steps + 1)):
             x_NCHW = self._solver_step(x_NCHW, t_N, r_N, labels)
         return x_NCHW
@@ -234,6 +235,9 @@ class CTMStep:
         scalings = self.objective.precond.scalings(sigma_N)
         noised = ops.add_noise(batch.images, noise, sigma_N, scalings.c_in, dtype=self.networks.student.dtype)
         return Noised(sigma_N, scalings, noised.x_t, noised.input_t)
+
+    def _plain_self_jump(self, x_NCHW: Tensor, t_N: Tensor, u_N: Tensor, labels: Tensor | None) -> Tensor:
+        return self.networks.target.jump(x_NCHW, t_N, u_N, labels)
 
     def _plain_trunk(self, input_NCHW: Tensor, c_noise_N: Tensor, second_N: Tensor, labels: Tensor | None) -> Tensor:
         return self.networks.student.net.trunk(input_NCHW, c_noise_N, second_N, labels)

@@ -1,5 +1,6 @@
 """The training loop: phases in order, each a sequence of steps with pictures, checkpoints and metrics in between."""
 
+import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ class Trainer:
                 phase.start(weights)
             self.run_phase(phase)
             weights, first_image = phase.averaged_weights(), phase.first_image + phase.images
+            del phase
+            gc.collect()  # a phase refers to itself, and the memory of its graphs is needed for the next one
 
     def run_phase(self, phase: Phase) -> None:
         """Train one phase to its end, with a snapshot at every interval and at the end."""
