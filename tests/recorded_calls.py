@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operators that make the host wait, or whose result has as many elements as the numbers say.
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "item", "equal", "_to_cpu")
+# Operators that make the host wait or whose result has as many elements as the numbers say, and tensors made of numbers of
+# the host, which on a device are copies from memory that a graph does not hold.
+FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal", "lift_fresh")
 
 
 class Operators(TorchDispatchMode):
@@ -27,7 +28,8 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = operator._schema.name.split("::")[-1]
-        if name in WAITING:
+        masks = [leaf for leaf in tree_leaves(args[1:2]) if isinstance(leaf, Tensor) and leaf.dtype == torch.bool]
+        if name in FORBIDDEN or (name.startswith("index") and masks):
             raise RuntimeError(f"operation not permitted when stream is capturing: {operator}")
         for tensor in changed(operator, args, kwargs):
             storage = tensor.untyped_storage()

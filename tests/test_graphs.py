@@ -124,8 +124,11 @@ def test_a_number_that_varies_is_refused_before_memory_runs_out():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_call_that_asks_the_device_is_an_error_with_advice(device):
-    function = Graphed(lambda x: x * x.sum().item(), recorder_on(device))
+@pytest.mark.parametrize(
+    "waiting", [lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x * torch.tensor([2.0, 3.0], device=x.device)]
+)
+def test_a_call_that_asks_the_device_or_copies_from_the_host_is_an_error_with_advice(device, waiting):
+    function = Graphed(waiting, recorder_on(device))
     for _ in range(WARMUP_CALLS):
         function(torch.ones(2, device=device))
     with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph; without graphs"):
