@@ -108,6 +108,18 @@ def _speedups(name: str, parts: dict[str, Items]) -> list[str]:
     return [table(("times as fast as", *others), lines)]
 
 
+def step_rates(result: dict[str, Any]) -> str:
+    """Images per second of every step that was measured, and how many times as fast as each baseline fastcm is."""
+    blocks = []
+    for name, part in result["parts"].items():
+        good = {item: value for item, value in part["items"].items() if "step_ms" in value}
+        if good:
+            rows = [(f"{item}, batch {value['batch']}", f"{value['images_per_s']:.0f}") for item, value in good.items()]
+            ratios = _speedups(name, {name: good})
+            blocks += [table((f"{name.partition('-')[0].upper()} step", "images/s"), rows), *ratios]
+    return "\n\n".join(blocks)
+
+
 def _sampler(items: Items) -> Iterator[str]:
     header = ("sampler", "images/s", "call ms", "kernel ms", "kernels", "launches")
     lines = [
