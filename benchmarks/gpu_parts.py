@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.breakdown import break_down
 from benchmarks.contestants import Setup, Step, backend, ours, plain, tf32
 from benchmarks.step_time import count_kernels, measure_step
 from fastcm.bench.cases import DTYPES, OP_PASSES, cases
@@ -174,12 +175,19 @@ def step_part(objective: str, batch_size: int, size: Size) -> Items:
         yield f"eager {precision}", partial(_step, setup, size, lambda: plain(setup), allowed)
 
 
-def _step(setup: Setup, size: Size, make: Callable[[], Step], allow_tf32: bool, kernels: str = "torch") -> dict[str, Any]:
+def _step(
+    setup: Setup,
+    size: Size,
+    make: Callable[[], Step],
+    allow_tf32: bool,
+    kernels: str = "torch",
+    further: Callable[[Step], dict[str, Any]] = lambda step: {},
+) -> dict[str, Any]:
     torch.compiler.reset()
     with tf32(allow_tf32), cudnn_search(), backend(kernels):
         step = make()
         result = measure_step(step, setup.batch_size, setup.device, size.step_s)
-        result["loss"] = _loss(step)
+        result |= {"loss": _loss(step), **further(step)}
     if not math.isfinite(result["loss"]):
         raise RuntimeError(f"the loss after {result['step_ms']['n']} steps is {result['loss']}")
     return {"batch": setup.batch_size, **result}
@@ -193,6 +201,18 @@ def _loss(step: Step) -> float:
         step()
         return phase.meter.read()["loss"] or math.nan
     return step().item()
+
+
+def breakdown_part(size: Size) -> Items:
+    """The ECT step by category of kernel: ours, and the compiled baseline for what Inductor does better."""
+    setup = Setup(size.network, "ect", 128 // size.step_divisor, size.device, size.compiler)
+
+    def look(step: Step) -> dict[str, Any]:
+        return break_down(step, size.device, size.shape_sets[0], setup.batch_size, getattr(torch, size.dtype))
+
+    name = size.backends[0]
+    yield f"fastcm {name}", partial(_step, setup, size, lambda: ours(setup, size.dtype, size.compiled).step, True, name, look)
+    yield "compiled bf16", partial(_step, setup, size, lambda: plain(setup, compiled=True), True, further=look)
 
 
 def sampler_part(size: Size) -> Items:
@@ -258,6 +278,7 @@ PARTS: dict[str, Callable[[Size], Items]] = {
     "ceilings": ceilings_part,
     "correctness": correctness_part,
     "ect-128": partial(step_part, "ect", 128),
+    "breakdown": breakdown_part,
     "kernels": kernels_part,
     "edm-128": partial(step_part, "edm", 128),
     "ect-512": partial(step_part, "ect", 512),

@@ -39,6 +39,7 @@ LIMITS = {
     "ceilings": 60.0,
     "correctness": 150.0,
     "ect-128": 180.0,
+    "breakdown": 60.0,
     "kernels": 150.0,
     "edm-128": 90.0,
     "ect-512": 100.0,

@@ -1,6 +1,7 @@
 """The GPU report as Markdown, from its JSON and nothing else."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 Items = dict[str, dict[str, Any]]
@@ -15,7 +16,7 @@ def markdown(result: dict[str, Any]) -> str:
     for name, part in result["parts"].items():
         good = {item: value for item, value in part["items"].items() if "error" not in value}
         blocks += [f"## {name}", *_state(part)]
-        blocks += list(_writer(name)(good)) if good else []
+        blocks += list(_writer(name, parts)(good)) if good else []
         blocks += _speedups(name, parts)
     return "\n\n".join(blocks) + "\n"
 
@@ -26,9 +27,10 @@ def _state(part: dict[str, Any]) -> list[str]:
     return head + (["\n".join(errors)] if errors else [])
 
 
-def _writer(name: str) -> Any:
+def _writer(name: str, parts: dict[str, Items]) -> Any:
     writers = {"environment": _environment, "ceilings": _ceilings, "correctness": _correctness, "kernels": _kernels}
-    return {**writers, "sampler": _sampler, "training": _training}.get(name, _steps)
+    writers |= {"sampler": _sampler, "training": _training, "breakdown": partial(_breakdown, parts.get("ceilings", {}))}
+    return writers.get(name, _steps)
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -97,6 +99,38 @@ def _step_line(name: str, value: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _breakdown(ceilings: Items, items: Items) -> Iterator[str]:
+    yield from _steps(items)
+    for name, value in items.items():
+        floors = category_floors(value, ceilings)
+        lines = []
+        for kind, entry in sorted(value["categories"].items(), key=lambda pair: -pair[1]["ms"]):
+            floor = floors.get(kind)
+            shown = ("-", "-") if floor is None else (f"{floor:.2f}", f"{entry['ms'] / floor:.2f}")
+            lines.append((kind, f"{entry['ms']:.2f}", str(entry["kernels"]), *shown))
+        gap = value["step_ms"]["median"] - value["busy_ms"]
+        lines.append(("nothing (gaps between kernels)", f"{gap:.2f}", "-", "-", "-"))
+        yield table((name, "ms", "kernels", "floor ms", "times the floor"), lines)
+        if value["unknown"]:
+            yield "Kernels of no known kind: " + ", ".join(f"`{kernel}`" for kernel in value["unknown"])
+
+
+def category_floors(value: dict[str, Any], ceilings: Items) -> dict[str, float]:
+    """Milliseconds that each category of a step takes at least, by the ceilings of the same report; none without them.
+
+    From the cost models with the measured copy bandwidth and matrix product rate. Convolutions: two forward passes and both
+    gradients at the times cuDNN needed alone, which counts the gradient of the images that a step does not need.
+    """
+    floors = {}
+    if "copy" in ceilings and "matmul bf16" in ceilings:
+        rates = ceilings["copy"]["bytes_per_s"], ceilings["matmul bf16"]["flops_per_s"]
+        floors = {k: 1e3 * max(c["bytes"] / rates[0], c["flops"] / rates[1]) for k, c in value["costs"].items()}
+    if conv := ceilings.get(f"conv {value['shapes']}"):
+        total = 2 * conv["fprop_ms"] + conv["dgrad_ms"] + conv["wgrad_ms"]
+        floors["convolution"] = total * value["batch"] / conv["batch"]
+    return floors
+
+
 def _speedups(name: str, parts: dict[str, Items]) -> list[str]:
     """Ours over each baseline of the same part, as ratios of images per second."""
     speeds = {item: value["images_per_s"] for item, value in parts[name].items() if "step_ms" in value}
@@ -113,7 +147,7 @@ def step_rates(result: dict[str, Any]) -> str:
     blocks = []
     for name, part in result["parts"].items():
         good = {item: value for item, value in part["items"].items() if "step_ms" in value}
-        if good:
+        if good and name.partition("-")[0] in ("ect", "edm"):
             rows = [(f"{item}, batch {value['batch']}", f"{value['images_per_s']:.0f}") for item, value in good.items()]
             ratios = _speedups(name, {name: good})
             blocks += [table((f"{name.partition('-')[0].upper()} step", "images/s"), rows), *ratios]

@@ -198,6 +198,16 @@ def test_the_step_part_measures_every_contestant():
     assert "times as fast as | compiled bf16" in text
 
 
+def test_the_breakdown_splits_the_step_of_ours_and_of_the_compiled_baseline():
+    items = items_of("breakdown")
+    assert list(items) == ["fastcm torch", "compiled bf16"]
+    for item in items.values():
+        assert sum(entry["kernels"] for entry in item["categories"].values()) == pytest.approx(item["kernels"], rel=0.05)
+        assert item["busy_ms"] > 0
+        assert item["costs"]["norm"]["bytes"] > 1000
+        assert item["shapes"] == "digits8"
+
+
 def test_done_items_are_not_measured_again():
     assert list(items_of("ceilings", done=["copy", "conv digits8"])) == ["matmul bf16"]
 
