@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_goals import beside
 from benchmarks.gpu_table import markdown
 from fastcm.bench.report import as_json
 from fastcm.io.atomic import atomic_write
@@ -174,7 +175,7 @@ def main() -> None:
 
     def save(result: Result) -> None:
         atomic_write(path, as_json(result, indent=1) + "\n")
-        atomic_write(path.with_suffix(".md"), markdown(result))
+        atomic_write(path.with_suffix(".md"), markdown(result, beside(path)))
 
     def command(part: str, lines: Path, done: list[str]) -> list[str]:
         return part_command(part, lines, done, arguments.smoke)

@@ -1,18 +1,25 @@
 """The GPU report as Markdown, from its JSON and nothing else."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+from benchmarks.gpu_goals import HEADER, goal_lines
 
 Items = dict[str, dict[str, Any]]
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """All that was measured, part by part; what is missing or failed says so."""
+def markdown(result: dict[str, Any], further: Mapping[str, dict[str, Any]] | None = None) -> str:
+    """The goals, then all that was measured, part by part; what is missing or failed says so.
+
+    further: results of other programs on the same GPU that goals are about, by their source.
+    """
     parts = {name: part["items"] for name, part in result["parts"].items()}
     blocks = ["# GPU report"]
     if result["smoke"]:
         blocks.append("A smoke run on a CPU at toy size: these numbers mean nothing.")
+    else:
+        blocks += ["## Goals", table(HEADER, goal_lines({"report": result, **(further or {})}))]
     for name, part in result["parts"].items():
         good = {item: value for item, value in part["items"].items() if "error" not in value}
         blocks += [f"## {name}", *_state(part)]
