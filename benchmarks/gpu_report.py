@@ -152,10 +152,14 @@ def fail(line: str) -> None:
     sys.exit(2)
 
 
+def gpu_slug() -> str:
+    """The name of the GPU as the names of result files begin."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
 def default_path(smoke: bool) -> Path:
     """benchmarks/results/<gpu>-<date>.json."""
-    device = "smoke-cpu" if smoke else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return RESULTS / f"{device}-{datetime.now(UTC):%Y-%m-%d}.json"
+    return RESULTS / f"{'smoke-cpu' if smoke else gpu_slug()}-{datetime.now(UTC):%Y-%m-%d}.json"
 
 
 def main() -> None:

@@ -97,11 +97,28 @@ def gpu(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
+def cifar10_20min(results: Results) -> str:
+    """Times and distances of the real training, and its pictures."""
+    blocks = []
+    for name, result in results.values():
+        stages, distances = result["stages"], result["stages"]["measure"]["distances"]
+        title = (
+            f"`cifar10_20min` on {result['environment']['device']}: {stages['train']['seconds'] / 60:.1f} minutes of training"
+        )
+        lines = [(which, short(value)) for which, value in sorted(distances.items(), key=lambda pair: pair[1])]
+        tool = stages["measure"].get("tool", "none")
+        blocks += [f"{title} (`benchmarks/results/{name}`); distances by `{tool}`, {result['num']:,} images a set, not FID:"]
+        blocks.append(table(("set", "distance"), lines))
+    blocks.append("![Real images, samples by Heun's method, in 2 steps, in 1 step](docs/cifar10_20min.png)")
+    return "\n\n".join([*blocks, "![Samples in 1 step above their nearest training images](docs/cifar10_20min_nearest.png)"])
+
+
 TABLES = {
     "digits": Table("cpu-digits", digits),
     "ctm-digits": Table("cpu-ctm-digits", ctm_digits),
     "cpu-step": Table(r"cpu-step-\w+", cpu_step),
-    "gpu": Table(r"(?!cpu-|smoke-)[\w-]+(?<!-cifar10-20min)", gpu, "No number here was measured on a GPU yet."),
+    "cifar10-20min": Table(r"(?!smoke-)[\w-]+-cifar10-20min", cifar10_20min, "`cifar10_20min` has not run yet."),
+    "gpu": Table(r"(?!cpu-|smoke-)[\w-]+(?<!-cifar10-20min)(?<!-sanitize)", gpu, "No number here was measured on a GPU yet."),
 }
 
 

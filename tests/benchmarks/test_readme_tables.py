@@ -123,6 +123,23 @@ def test_without_a_gpu_result_the_document_says_so_and_with_one_it_shows_steps(t
     assert "No number" not in text
 
 
+def test_the_real_training_is_shown_when_it_has_run(tmp_path):
+    assert "`cifar10_20min` has not run yet.\n" in rewrite(document("cifar10-20min"), tmp_path)
+    measured = {"tool": "fd.py", "distances": {"1 step": 3.0, "real": 0.02}}
+    result = {
+        "environment": {"device": "Some GPU"},
+        "num": 10000,
+        "stages": {"train": {"seconds": 1110.0}, "measure": measured},
+    }
+    write(tmp_path, "smoke-cpu-cifar10-20min-2026-01-01.json", {})
+    write(tmp_path, "some-gpu-cifar10-20min-2026-01-01.json", result)
+    text = rewrite(document("cifar10-20min"), tmp_path)
+    assert "on Some GPU: 18.5 minutes of training (`benchmarks/results/some-gpu-cifar10-20min-2026-01-01.json`)" in text
+    assert "distances by `fd.py`, 10,000 images a set, not FID:" in text
+    assert "| real | 0.0200 |\n| 1 step | 3.00 |" in text
+    assert "(docs/cifar10_20min.png)" in text
+
+
 def test_a_missing_result_and_an_unknown_table_are_errors(tmp_path):
     with pytest.raises(SystemExit, match="has no result for table 'digits'"):
         rewrite(document("digits"), tmp_path)
