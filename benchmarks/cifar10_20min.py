@@ -127,7 +127,7 @@ def show(job: Job) -> Result:
     sets = {name: np.load(job.samples(name))["images"] for name in SETS}
     shown = [images[: COLUMNS**2] for images in (real, *sets.values())]
     save_side_by_side(job.pictures / f"{CONFIG}.png", shown, COLUMNS)
-    spaces: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": lambda images: images.reshape(len(images), -1) / 255.0}
+    spaces: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": as_points}
     if features := features_of(job.fd_tool):
         spaces["features"] = features
     found, rows = {}, []
@@ -139,6 +139,11 @@ def show(job: Job) -> Result:
         found[space] = {"index": index.tolist(), "distance": distances.tolist()}
     save_side_by_side(job.pictures / f"{CONFIG}_nearest.png", [np.concatenate(rows)], len(samples))
     return {"nearest": found}
+
+
+def as_points(images_NHWC: np.ndarray) -> np.ndarray:
+    """Images as vectors of pixels from 0 to 1."""
+    return images_NHWC.reshape(len(images_NHWC), -1).astype(np.float32) / 255
 
 
 def features_of(tool: Path | None) -> Callable[[np.ndarray], np.ndarray] | None:

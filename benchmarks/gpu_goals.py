@@ -58,9 +58,9 @@ class Goal(NamedTuple):
 
 
 def item(result: Result, part: str, name: str) -> dict[str, Any] | None:
-    """What an item of a part measured; None where it was not, or failed."""
+    """What an item of a part measured; None where it was not, could not be, or failed."""
     found = result["parts"].get(part, {"items": {}})["items"].get(name)
-    return None if found is None or "error" in found else found
+    return None if found is None or {"error", "unavailable"} & found.keys() else found
 
 
 def rows(result: Result) -> list[Row]:

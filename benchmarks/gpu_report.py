@@ -1,6 +1,6 @@
 """Everything there is to measure on a GPU, in one command of at most nine minutes; run it again to go on where it stopped.
 
-    python -m benchmarks.gpu_report [--only PART,PART] [--out FILE.json] [--minutes 9] [--smoke]
+    python -m benchmarks.gpu_report [--only PART,PART] [--out FILE.json] [--minutes 9] [--peer NAME=PATH]... [--smoke]
 
 Each part runs in a process of its own with a time limit; after each the results are written to
 benchmarks/results/<gpu>-<date>.json, with a Markdown table beside it. A part that fails or runs out of time leaves what it had
@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.gpu_goals import beside
 from benchmarks.gpu_table import markdown
+from benchmarks.peers import PEERS, variable
 from fastcm.bench.report import as_json
 from fastcm.io.atomic import atomic_write
 
@@ -42,10 +43,11 @@ LIMITS = {
     "ect-128": 180.0,
     "breakdown": 60.0,
     "kernels": 150.0,
+    "sampler": 45.0,
     "edm-128": 90.0,
+    "peers": 120.0,
     "ect-512": 100.0,
     "edm-512": 80.0,
-    "sampler": 45.0,
     "training": 60.0,
 }
 MIN_SECONDS = 10.0  # with less left a part is not worth its start
@@ -87,7 +89,7 @@ def run_report(
     end = clock() + seconds
     for part, limit in limits.items():
         before = result["parts"].get(part, {"items": {}, "seconds": 0.0})
-        if before.get("status") == DONE:
+        if before.get("status") == DONE and all(map(measured, before["items"].values())):
             continue
         start = clock()
         left = min(limit, end - start)
@@ -106,7 +108,7 @@ def run_report(
 
 def run_part(part: str, items: Mapping[str, Any], command: Command, limit: float) -> Result:
     """One part in a process group of its own, which is killed at the limit: status, error, and the items it finished."""
-    done = [name for name, item in items.items() if "error" not in item]
+    done = [name for name, item in items.items() if measured(item)]
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "lines", Path(folder) / "log"
         with log.open("wb") as output:
@@ -124,6 +126,11 @@ def run_part(part: str, items: Mapping[str, Any], command: Command, limit: float
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         return {"status": status, "error": error, "items": read_lines(lines)}
+
+
+def measured(item: Mapping[str, Any]) -> bool:
+    """Whether there is no reason to try an item again: it did not fail, and what it needs was there."""
+    return "error" not in item and "unavailable" not in item
 
 
 def read_lines(path: Path) -> dict[str, Result]:
@@ -168,8 +175,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(LIMITS), help="parts, separated by commas")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--minutes", type=float, default=8.75, help="limit of the whole run")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"a checkout of {', '.join(PEERS)}")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
+    for peer, _, path in (word.partition("=") for word in arguments.peer):
+        if peer not in PEERS or not path:
+            fail(f"--peer {peer}={path}: expected NAME=PATH with a name of {', '.join(PEERS)}")
+        os.environ[variable(peer)] = path
     wanted = arguments.only.split(",")
     if unknown := set(wanted) - set(LIMITS):
         fail(f"--only: no part {', '.join(sorted(unknown))}; the parts are {', '.join(LIMITS)}")

@@ -21,7 +21,7 @@ def markdown(result: dict[str, Any], further: Mapping[str, dict[str, Any]] | Non
     else:
         blocks += ["## Goals", table(HEADER, goal_lines({"report": result, **(further or {})}))]
     for name, part in result["parts"].items():
-        good = {item: value for item, value in part["items"].items() if "error" not in value}
+        good = {item: value for item, value in part["items"].items() if not {"error", "unavailable"} & value.keys()}
         blocks += [f"## {name}", *_state(part)]
         blocks += list(_writer(name, parts)(good)) if good else []
         blocks += _speedups(name, parts)
@@ -29,14 +29,16 @@ def markdown(result: dict[str, Any], further: Mapping[str, dict[str, Any]] | Non
 
 
 def _state(part: dict[str, Any]) -> list[str]:
-    errors = [f"- {item}: {value['error']}" for item, value in part["items"].items() if "error" in value]
+    reasons = {item: value.get("error") or value.get("unavailable") for item, value in part["items"].items()}
+    errors = [f"- {item}: {reason}" for item, reason in reasons.items() if reason]
     head = [] if part["status"] == "done" else [f"**{part['status']}**: {part['error']}"]
     return head + (["\n".join(errors)] if errors else [])
 
 
 def _writer(name: str, parts: dict[str, Items]) -> Any:
     writers = {"environment": _environment, "ceilings": _ceilings, "correctness": _correctness, "kernels": _kernels}
-    writers |= {"sampler": _sampler, "training": _training, "breakdown": partial(_breakdown, parts.get("ceilings", {}))}
+    writers |= {"sampler": _sampler, "training": _training, "peers": _peers}
+    writers["breakdown"] = partial(_breakdown, parts.get("ceilings", {}))
     return writers.get(name, _steps)
 
 
@@ -104,6 +106,17 @@ def _step_line(name: str, value: dict[str, Any]) -> tuple[str, ...]:
         f"{value['kernel_ms']:.2f}",
         f"{value['warm_up_s']:.1f}",
     )
+
+
+def _peers(items: Items) -> Iterator[str]:
+    """Steps, samplers, and which commit each peer was."""
+    steps = {name: value for name, value in items.items() if "step_ms" in value}
+    samplers = {name: value for name, value in items.items() if "call" in value}
+    yield from _steps(steps) if steps else ()
+    yield from _sampler(samplers) if samplers else ()
+    commits = [f"- {name}: commit {value['commit']}" for name, value in items.items() if "commit" in value]
+    if commits:
+        yield "\n".join(commits)
 
 
 def _breakdown(ceilings: Items, items: Items) -> Iterator[str]:

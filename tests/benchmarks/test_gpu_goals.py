@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks import gpu_goals
 from benchmarks.gpu_goals import GOALS, MAIN, beside, goal_lines, num_cases
-from benchmarks.gpu_parts import FULL, PARTS
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_size import FULL
 from benchmarks.gpu_table import markdown
 
 DEVICE = "NVIDIA H200"

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_parts, gpu_report
-from benchmarks.gpu_parts import FULL, GPU_TESTS, PARTS, SMOKE, run_part
+from benchmarks import gpu_parts, gpu_report, gpu_steps
+from benchmarks.gpu_parts import PARTS, run_part
+from benchmarks.gpu_size import FULL, GPU_TESTS, SMOKE
 from benchmarks.gpu_table import markdown
 from fastcm.bench.report import as_json
 
@@ -79,6 +80,14 @@ def test_a_second_run_repeats_only_what_is_missing():
     assert result["parts"]["hangs"]["seconds"] > 2.5
 
 
+def test_what_was_unavailable_is_tried_again_though_its_part_is_done():
+    result = empty()
+    run({"fine": 30.0}, result)
+    result["parts"]["fine"]["items"]["two"] = {"unavailable": "not installed"}
+    assert run({"fine": 30.0}, result) == {"fine": "done"}
+    assert result["parts"]["fine"]["items"]["two"] == {"value": "fine", "done": ["one"]}
+
+
 def test_no_part_starts_when_the_time_is_up():
     result = empty()
     states = run({"hangs": 1.0, "fine": 30.0}, result, seconds=1.5)
@@ -134,6 +143,13 @@ def test_an_unknown_part_ends_with_code_2(tmp_path):
     done = report(tmp_path, "--smoke", "--only", "kernels,weather")
     assert done.returncode == 2
     assert "no part weather" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["weather=x", "ect", "ect="])
+def test_an_unknown_peer_ends_with_code_2(word, tmp_path):
+    done = report(tmp_path, "--smoke", "--peer", word)
+    assert done.returncode == 2
+    assert "expected NAME=PATH with a name of ect, fastgen, diffusers" in done.stderr
 
 
 def test_the_program_writes_json_and_markdown_and_resumes(tmp_path):
@@ -224,7 +240,7 @@ def test_an_item_that_fails_is_written_with_its_error_and_the_rest_goes_on(monke
 
 
 def test_a_loss_that_is_not_finite_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_parts, "_loss", lambda step: float("nan"))
+    monkeypatch.setattr(gpu_steps, "_loss", lambda step: float("nan"))
     assert "the loss after" in items_of("ect-128", done=["eager tf32", "compiled bf16", "fastcm torch"])["eager fp32"]["error"]
 
 
