@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.gpu_samplers import peers_part, sampler_part
 from benchmarks.gpu_size import FULL, SMOKE, Items, Size
-from benchmarks.gpu_steps import breakdown_part, step_part
+from benchmarks.gpu_steps import breakdown_part, compile_modes_part, step_part
 from fastcm.bench.cases import DTYPES, OP_PASSES, cases
 from fastcm.bench.ceilings import conv_times, copy_bandwidth, product_rate
 from fastcm.bench.hardware import environment
@@ -147,6 +147,7 @@ PARTS: dict[str, Callable[[Size], Items]] = {
     "ect-512": partial(step_part, "ect", 512),
     "edm-512": partial(step_part, "edm", 512),
     "training": training_part,
+    "compile-modes": compile_modes_part,
 }
 
 

@@ -49,6 +49,7 @@ LIMITS = {
     "ect-512": 100.0,
     "edm-512": 80.0,
     "training": 60.0,
+    "compile-modes": 300.0,
 }
 MIN_SECONDS = 10.0  # with less left a part is not worth its start
 DONE, FAILED, TIMED_OUT, NOT_STARTED = "done", "failed", "timed out", "not started"

@@ -6,13 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._inductor
 
 from benchmarks.breakdown import break_down
 from benchmarks.contestants import Setup, Step, backend, ours, plain, tf32
 from benchmarks.gpu_size import Items, Size
 from benchmarks.step_time import measure_step
 from fastcm.bench.ceilings import cudnn_search
+from fastcm.config import ComputeConfig
+from fastcm.errors import ConfigError
 from fastcm.train.phase import Phase
+
+GRAPH_KEY = "cuda_graph"  # of the compute section: auto, on or off
 
 
 def step_part(objective: str, batch_size: int, size: Size) -> Items:
@@ -71,3 +76,37 @@ def breakdown_part(size: Size) -> Items:
         partial(measured_step, setup, size, lambda: ours(setup, size.dtype, size.compiled).step, True, name, look),
     )
     yield "compiled bf16", partial(measured_step, setup, size, lambda: plain(setup, compiled=True), True, further=look)
+
+
+# Batch size, dtype, mode of torch.compile, whole-step CUDA graph: what differs from the first, one thing after the other.
+VARIANTS = (
+    (128, "bfloat16", "default", "off"),
+    (128, "bfloat16", "default", "on"),
+    (128, "bfloat16", "max-autotune-no-cudagraphs", "off"),
+    (128, "float16", "default", "off"),
+    (512, "bfloat16", "default", "off"),
+    (512, "bfloat16", "default", "on"),
+    (1024, "bfloat16", "default", "off"),
+    (1024, "bfloat16", "default", "on"),
+    (1024, "float16", "default", "off"),
+)
+
+
+def compile_modes_part(size: Size) -> Items:
+    """Our ECT step by batch size, dtype, mode of torch.compile and whole-step graph."""
+    for batch, dtype, mode, graph in VARIANTS:
+        setup = Setup(size.network, "ect", batch // size.step_divisor, size.device, size.compiler)
+        yield f"{dtype}, {mode}, graph {graph}, batch {batch}", partial(_variant, setup, size, dtype, mode, graph)
+
+
+def _variant(setup: Setup, size: Size, dtype: str, mode: str, graph: str) -> dict[str, Any]:
+    if graph == "on" and GRAPH_KEY not in ComputeConfig.model_fields:
+        return {"unavailable": f"the configuration has no compute.{GRAPH_KEY}"}
+    options = [f"compute.{GRAPH_KEY}='{graph}'"] if GRAPH_KEY in ComputeConfig.model_fields else []  # YAML: on is true
+    try:
+        setup.config(dtype, size.compiled, *options)
+    except ConfigError as error:
+        return {"unavailable": str(error)}
+    # What torch.compile(mode=...) sets, for a step that takes no mode.
+    with torch._inductor.config.patch(torch._inductor.list_mode_options(mode)):
+        return measured_step(setup, size, lambda: ours(setup, dtype, size.compiled, *options).step, True, size.backends[0])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.gpu_parts import PARTS, run_part
 from benchmarks.gpu_size import FULL, GPU_TESTS, SMOKE
 from benchmarks.gpu_table import markdown
 from fastcm.bench.report import as_json
+from fastcm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,6 +224,41 @@ def test_the_breakdown_splits_the_step_of_ours_and_of_the_compiled_baseline():
         assert item["busy_ms"] > 0
         assert item["costs"]["norm"]["bytes"] > 1000
         assert item["shapes"] == "digits8"
+
+
+def variant(batch, dtype, mode, graph):
+    return f"{dtype}, {mode}, graph {graph}, batch {batch}"
+
+
+def test_variants_that_the_configuration_does_not_allow_say_why(monkeypatch):
+    def refuse(*arguments):
+        raise ConfigError("compute.dtype: expected 'float32' or 'bfloat16'")
+
+    monkeypatch.setattr(gpu_steps, "GRAPH_KEY", "no_such_key")
+    monkeypatch.setattr(gpu_steps.Setup, "config", refuse)
+    items = items_of("compile-modes")
+    assert list(items) == [variant(*values) for values in gpu_steps.VARIANTS]
+    for name, item in items.items():
+        wanted = "the configuration has no compute.no_such_key" if "graph on" in name else "compute.dtype: expected"
+        assert item["unavailable"].startswith(wanted)
+
+
+def test_a_variant_is_built_with_its_options_under_its_mode(monkeypatch):
+    seen = []
+
+    def measured_step(setup, size, make, allow_tf32, kernels):
+        seen.append((setup.batch_size, torch._inductor.config.max_autotune, make()))
+        return {}
+
+    monkeypatch.setattr(gpu_steps, "ComputeConfig", SimpleNamespace(model_fields={gpu_steps.GRAPH_KEY: None}))
+    monkeypatch.setattr(gpu_steps, "measured_step", measured_step)
+    monkeypatch.setattr(gpu_steps, "ours", lambda setup, dtype, compiled, *options: SimpleNamespace(step=(dtype, *options)))
+    monkeypatch.setattr(gpu_steps.Setup, "config", lambda *arguments: None)
+    assert all("error" not in item for item in items_of("compile-modes").values())
+    assert seen == [
+        (batch // SMOKE.step_divisor, "max-autotune" in mode, (dtype, f"compute.cuda_graph='{graph}'"))
+        for batch, dtype, mode, graph in gpu_steps.VARIANTS
+    ]
 
 
 def test_done_items_are_not_measured_again():
