@@ -168,7 +168,7 @@ def failed_tests(result: Result) -> Found | None:
 
 GOALS = (
     Goal("files with failing GPU tests", None, 0, failed_tests),
-    Goal("kernels with errors under compute-sanitizer", None, 0, lambda result: Found(result["failed"]), "sanitize"),
+    Goal("compute-sanitizer tools that report an error", None, 0, lambda result: Found(result["failed"]), "sanitize"),
     Goal("group norm forward, 256 channels, 32x32: share of copy bandwidth", 0.90, None, copy_share("group_norm", "fwd", MAIN)),
     Goal("group norm backward, same shape", 0.85, None, copy_share("group_norm", "bwd", MAIN)),
     Goal("group norm JVP, same shape", 0.85, None, copy_share("group_norm", "jvp", MAIN)),
