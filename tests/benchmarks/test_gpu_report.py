@@ -192,6 +192,15 @@ def test_every_part_runs_at_toy_size(part):
     assert text.count("\n|") > 2
 
 
+def test_a_sampler_has_the_sum_of_its_kernels_beside_the_time_of_a_call():
+    items = items_of(
+        "sampler", done=["fastcm torch, 2 steps, batch 1", "fastcm torch, 1 steps, batch 4", "fastcm torch, 2 steps, batch 4"]
+    )
+    (value,) = items.values()
+    assert 0 < value["kernel_ms"] < 10 * value["call"]["median_us"] / 1e3
+    assert value["images_per_s"] == pytest.approx(1e6 / value["call"]["median_us"])
+
+
 def test_the_kernel_part_checks_every_op_and_pass():
     items = items_of("kernels")
     assert "| attention | jvp |" in markdown(

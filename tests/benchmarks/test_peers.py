@@ -119,10 +119,10 @@ def lines_of(part, size, done=()):
 def test_the_part_measures_who_is_here_and_says_who_is_not(monkeypatch):
     for name in ("fastgen", "diffusers"):
         monkeypatch.delenv(variable(name), raising=False)
-    monkeypatch.setattr(gpu_samplers, "_sample", lambda *arguments: {"unavailable": "not in this test"})
-    items = lines_of("peers", SMOKE._replace(step_s=0.0), done=["fastcm torch"])
+    items = lines_of("peers", SMOKE._replace(step_s=0.0, samples=(1,)), done=["fastcm torch"])
     assert "not installed: name its checkout by --peer fastgen=PATH" in items["fastgen amp"]["unavailable"]
     assert "diffusers" in items["diffusers sampling, batch 1"]["unavailable"]
+    assert items["fastcm torch sampling, batch 1"]["steps"] == 1
     assert items["ect fp32"]["error"].startswith("RuntimeError: the loss after")  # the fake's loss is infinite in the end
     text = markdown({"smoke": True, "parts": {"peers": {"status": "failed", "error": "x", "items": items}}})
     assert "- fastgen amp: not installed: name its checkout" in text
@@ -136,7 +136,7 @@ def test_steps_samplers_and_commits_have_their_tables():
     items |= {"diffusers sampling, batch 1": draw, "fastgen amp": {"unavailable": "not installed"}}
     text = markdown({"smoke": False, "parts": {"peers": {"status": "done", "error": None, "items": items}}})
     assert "| times as fast as | ect tf32 |\n| --- | --- |\n| fastcm triton | 4.00 |" in text
-    assert "| diffusers sampling, batch 1 | 10.0 | 5.000 | 4.000 |" in text
+    assert "| diffusers sampling, batch 1 | 10.0 | 5.000 | 4.000 | 1.25 | 7 | 8 |" in text
     assert "- ect tf32: commit abc" in text
     assert "against the official step with TF32 on | at least 3 | 4 | reached |" in text
 
