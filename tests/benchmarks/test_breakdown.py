@@ -79,7 +79,8 @@ def test_every_kernel_of_ours_is_known_by_its_folder():
 
 
 def test_kernels_side_by_side_count_once():
-    events = [Event("a", 0.0, 1000.0), Event("b", 500.0, 1000.0), Event("c", 600.0, 100.0), Event("d", 4000.0, 500.0)]
+    events = [Event("a", 0.0, 1000.0), Event("b", 500.0, 1000.0), Event("c", 600.0, 100.0)]
+    events += [Event("within b", 1200.0, 100.0), Event("d", 4000.0, 500.0)]
     assert breakdown.busy_ms(events) == pytest.approx(2.0)
 
 
