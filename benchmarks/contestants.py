@@ -46,15 +46,15 @@ class Setup(NamedTuple):
         """The name of the phase."""
         return PHASES[self.objective]
 
-    def config(self, dtype: str, compiled: bool) -> Config:
-        """The configuration, without dropout, flips and augmentation, which the plain step does not have."""
+    def config(self, dtype: str, compiled: bool, *further: str) -> Config:
+        """The configuration, without dropout, flips and augmentation, which the plain step does not have; further overrides."""
         name = NETWORKS[self.network][0][self.objective]
         options = [f"batch_size={self.batch_size}", "dropout=0.0", "augment=0.0", "init=fresh"]
         phases = load_config(name).phases
         options = [f"phases.{phase}.{option}" for phase in phases for option in options]
         options += ["phases.tune.objective.q=256"] if "tune" in phases else []
         compute = [f"compute.dtype={dtype}", f"compute.compile='{'on' if compiled else 'off'}'"]  # YAML: on is true
-        return load_config(name, [*options, "data.xflip=false", f"compute.device={self.device.type}", *compute])
+        return load_config(name, [*options, "data.xflip=false", f"compute.device={self.device.type}", *compute, *further])
 
 
 def random_dataset(resolution: int, channels: int, device: torch.device, num: int = 512) -> ResidentDataset:
@@ -64,11 +64,11 @@ def random_dataset(resolution: int, channels: int, device: torch.device, num: in
     return ResidentDataset(pixels, None, 0, "random pixels", "random pixels")
 
 
-def ours(setup: Setup, dtype: str = "float32", compiled: bool = False) -> Phase:
+def ours(setup: Setup, dtype: str = "float32", compiled: bool = False, *further: str) -> Phase:
     """fastcm's phase with fresh weights; its step runs on the backends that hold when it is called."""
     _, resolution, channels = NETWORKS[setup.network]
     dataset = random_dataset(resolution, channels, setup.device)
-    phase = Phase(setup.config(dtype, compiled), setup.phase, dataset, setup.device, 0)
+    phase = Phase(setup.config(dtype, compiled, *further), setup.phase, dataset, setup.device, 0)
     phase.start(None)
     return phase
 

@@ -12,92 +12,27 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks.contestants import Setup, Step, backend, ours, plain, tf32
-from benchmarks.step_time import count_kernels, measure_step
+from benchmarks.gpu_samplers import peers_part, sampler_part
+from benchmarks.gpu_size import FULL, SMOKE, Items, Size
+from benchmarks.gpu_steps import breakdown_part, compile_modes_part, step_part
 from fastcm.bench.cases import DTYPES, OP_PASSES, cases
-from fastcm.bench.ceilings import conv_times, copy_bandwidth, cudnn_search, product_rate
+from fastcm.bench.ceilings import conv_times, copy_bandwidth, product_rate
 from fastcm.bench.hardware import environment
 from fastcm.bench.measure import FAILED, Settings, measure
 from fastcm.bench.report import as_json
 from fastcm.bench.shapes import conv_calls
-from fastcm.bench.timing import time_host
 from fastcm.config import load_config
-from fastcm.sampling import sample
 from fastcm.train.build import open_dataset
 from fastcm.train.phase import Phase
 
 ROOT = Path(__file__).parent.parent
-Items = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
-
-
-# Files with tests marked "gpu", the quick ones first; a test checks that none is missing.
-GPU_TESTS = (
-    "tests/test_data_loader.py",
-    "tests/kernels/test_noise_gpu.py",
-    "tests/kernels/test_consistency_loss_gpu.py",
-    "tests/kernels/test_optimizer_gpu.py",
-    "tests/kernels/test_attention_gpu.py",
-    "tests/test_bench_gpu.py",
-    "tests/kernels/test_group_norm_gpu.py",
-    "tests/test_graphs.py",
-    "tests/test_accelerate.py",
-    "tests/test_graphed_training.py",
-    "tests/test_cli.py",
-    "tests/test_edm2.py",
-    "tests/test_edm2_training.py",
-    "tests/test_likelihood.py",
-)
-
-
-class Size(NamedTuple):
-    """How large everything is: as on a GPU, or small enough to try every line on a CPU."""
-
-    device: torch.device
-    network: str
-    shape_sets: tuple[str, ...]
-    batch: int
-    conv_batch: int
-    budget_s: float
-    step_s: float
-    step_divisor: int
-    samples: tuple[int, ...]
-    training_steps: int
-    tests: tuple[str, ...]
-    test_options: tuple[str, ...]
-    backends: tuple[str, ...]
-    kernel_backends: tuple[str, ...]
-    compiler: str
-    compiled: bool
-    dtype: str
-
-
-FULL = Size(
-    *(torch.device("cuda"), "ddpmpp", ("ddpmpp32", "adm64"), 128, 128, 0.02, 3.0, 1, (1, 256), 200),
-    tests=GPU_TESTS,
-    test_options=("-m", "gpu"),
-    backends=("triton", "torch"),
-    kernel_backends=("triton", "torch", "fused", "apex", "xformers", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math"),
-    compiler="inductor",
-    compiled=True,
-    dtype="bfloat16",
-)
-SMOKE = Size(
-    *(torch.device("cpu"), "digits", ("digits8",), 2, 1, 0.001, 0.01, 64, (1, 4), 20),
-    tests=("tests/quality/test_forbidden_calls.py",),
-    test_options=("-k", "noticed"),
-    backends=("torch",),
-    kernel_backends=("torch", "fused"),
-    compiler="aot_eager",
-    compiled=False,
-    dtype="float32",
-)
 
 
 def environment_part(size: Size) -> Items:
@@ -167,64 +102,6 @@ def _kernels(chosen: list[Any], size: Size, wanted: tuple[str, ...]) -> dict[str
 _copy = cache(copy_bandwidth)  # once per process
 
 
-def step_part(objective: str, batch_size: int, size: Size) -> Items:
-    """One training step of the network: literal PyTorch, the compiled baseline, ours with each backend."""
-    setup = Setup(size.network, objective, batch_size // size.step_divisor, size.device, size.compiler)
-    # Ours first: what a part that runs out of time has not measured should be a baseline.
-    for name in size.backends:
-        yield f"fastcm {name}", partial(_step, setup, size, lambda: ours(setup, size.dtype, size.compiled).step, True, name)
-    yield "compiled bf16", partial(_step, setup, size, lambda: plain(setup, compiled=True), True)
-    for precision, allowed in (("fp32", False), ("tf32", True)):
-        yield f"eager {precision}", partial(_step, setup, size, lambda: plain(setup), allowed)
-
-
-def _step(setup: Setup, size: Size, make: Callable[[], Step], allow_tf32: bool, kernels: str = "torch") -> dict[str, Any]:
-    torch.compiler.reset()
-    with tf32(allow_tf32), cudnn_search(), backend(kernels):
-        step = make()
-        result = measure_step(step, setup.batch_size, setup.device, size.step_s)
-        result["loss"] = _loss(step)
-    if not math.isfinite(result["loss"]):
-        raise RuntimeError(f"the loss after {result['step_ms']['n']} steps is {result['loss']}")
-    return {"batch": setup.batch_size, **result}
-
-
-def _loss(step: Step) -> float:
-    """The loss of one more step."""
-    phase = getattr(step, "__self__", None)
-    if isinstance(phase, Phase):
-        phase.meter.totals.zero_()
-        step()
-        return phase.meter.read()["loss"] or math.nan
-    return step().item()
-
-
-def sampler_part(size: Size) -> Items:
-    """One and two steps of the network, a single image and a batch."""
-    for name in size.backends:
-        for num in size.samples:
-            for steps in (1, 2):
-                yield f"fastcm {name}, {steps} steps, batch {num}", partial(_sample, size, name, num, steps)
-
-
-@cache
-def _sampling_model(size: Size) -> Any:
-    return ours(Setup(size.network, "ect", 4, size.device), size.dtype).sampling_model()
-
-
-def _sample(size: Size, name: str, num: int, steps: int) -> dict[str, Any]:
-    def draw() -> None:
-        sample(_sampling_model(size), num, steps, batch_size=num)
-        if size.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    with torch.no_grad(), tf32(True), cudnn_search(), backend(name):
-        draw()
-        timing = time_host([draw], size.step_s / 4)
-        kernels = count_kernels(draw, size.device)
-    return {"batch": num, "steps": steps, "images_per_s": num / (timing.median_us * 1e-6), "call": timing._asdict(), **kernels}
-
-
 def training_part(size: Size) -> Items:
     """The embedded digits pretrained and tuned for a moment: do losses stay finite and does the first one fall?"""
     yield "digits", partial(_train, size)
@@ -262,12 +139,15 @@ PARTS: dict[str, Callable[[Size], Items]] = {
     "ceilings": ceilings_part,
     "correctness": correctness_part,
     "ect-128": partial(step_part, "ect", 128),
+    "breakdown": breakdown_part,
     "kernels": kernels_part,
+    "sampler": sampler_part,
     "edm-128": partial(step_part, "edm", 128),
+    "peers": peers_part,
     "ect-512": partial(step_part, "ect", 512),
     "edm-512": partial(step_part, "edm", 512),
-    "sampler": sampler_part,
     "training": training_part,
+    "compile-modes": compile_modes_part,
 }
 
 

@@ -1,6 +1,6 @@
 """Everything there is to measure on a GPU, in one command of at most nine minutes; run it again to go on where it stopped.
 
-    python -m benchmarks.gpu_report [--only PART,PART] [--out FILE.json] [--minutes 9] [--smoke]
+    python -m benchmarks.gpu_report [--only PART,PART] [--out FILE.json] [--minutes 9] [--peer NAME=PATH]... [--smoke]
 
 Each part runs in a process of its own with a time limit; after each the results are written to
 benchmarks/results/<gpu>-<date>.json, with a Markdown table beside it. A part that fails or runs out of time leaves what it had
@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_goals import beside
 from benchmarks.gpu_table import markdown
+from benchmarks.peers import PEERS, variable
 from fastcm.bench.report import as_json
 from fastcm.io.atomic import atomic_write
 
@@ -39,12 +41,15 @@ LIMITS = {
     "ceilings": 60.0,
     "correctness": 150.0,
     "ect-128": 180.0,
+    "breakdown": 60.0,
     "kernels": 150.0,
+    "sampler": 45.0,
     "edm-128": 90.0,
+    "peers": 120.0,
     "ect-512": 100.0,
     "edm-512": 80.0,
-    "sampler": 45.0,
     "training": 60.0,
+    "compile-modes": 300.0,
 }
 MIN_SECONDS = 10.0  # with less left a part is not worth its start
 DONE, FAILED, TIMED_OUT, NOT_STARTED = "done", "failed", "timed out", "not started"
@@ -85,7 +90,7 @@ def run_report(
     end = clock() + seconds
     for part, limit in limits.items():
         before = result["parts"].get(part, {"items": {}, "seconds": 0.0})
-        if before.get("status") == DONE:
+        if before.get("status") == DONE and all(map(measured, before["items"].values())):
             continue
         start = clock()
         left = min(limit, end - start)
@@ -104,7 +109,7 @@ def run_report(
 
 def run_part(part: str, items: Mapping[str, Any], command: Command, limit: float) -> Result:
     """One part in a process group of its own, which is killed at the limit: status, error, and the items it finished."""
-    done = [name for name, item in items.items() if "error" not in item]
+    done = [name for name, item in items.items() if measured(item)]
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "lines", Path(folder) / "log"
         with log.open("wb") as output:
@@ -122,6 +127,11 @@ def run_part(part: str, items: Mapping[str, Any], command: Command, limit: float
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         return {"status": status, "error": error, "items": read_lines(lines)}
+
+
+def measured(item: Mapping[str, Any]) -> bool:
+    """Whether there is no reason to try an item again: it did not fail, and what it needs was there."""
+    return "error" not in item and "unavailable" not in item
 
 
 def read_lines(path: Path) -> dict[str, Result]:
@@ -150,10 +160,14 @@ def fail(line: str) -> None:
     sys.exit(2)
 
 
+def gpu_slug() -> str:
+    """The name of the GPU as the names of result files begin."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
 def default_path(smoke: bool) -> Path:
     """benchmarks/results/<gpu>-<date>.json."""
-    device = "smoke-cpu" if smoke else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return RESULTS / f"{device}-{datetime.now(UTC):%Y-%m-%d}.json"
+    return RESULTS / f"{'smoke-cpu' if smoke else gpu_slug()}-{datetime.now(UTC):%Y-%m-%d}.json"
 
 
 def main() -> None:
@@ -162,8 +176,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(LIMITS), help="parts, separated by commas")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--minutes", type=float, default=8.75, help="limit of the whole run")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"a checkout of {', '.join(PEERS)}")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
+    for peer, _, path in (word.partition("=") for word in arguments.peer):
+        if peer not in PEERS or not path:
+            fail(f"--peer {peer}={path}: expected NAME=PATH with a name of {', '.join(PEERS)}")
+        os.environ[variable(peer)] = path
     wanted = arguments.only.split(",")
     if unknown := set(wanted) - set(LIMITS):
         fail(f"--only: no part {', '.join(sorted(unknown))}; the parts are {', '.join(LIMITS)}")
@@ -173,7 +192,7 @@ def main() -> None:
 
     def save(result: Result) -> None:
         atomic_write(path, as_json(result, indent=1) + "\n")
-        atomic_write(path.with_suffix(".md"), markdown(result))
+        atomic_write(path.with_suffix(".md"), markdown(result, beside(path)))
 
     def command(part: str, lines: Path, done: list[str]) -> list[str]:
         return part_command(part, lines, done, arguments.smoke)

@@ -1,34 +1,45 @@
 """The GPU report as Markdown, from its JSON and nothing else."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from benchmarks.gpu_goals import HEADER, goal_lines
 
 Items = dict[str, dict[str, Any]]
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """All that was measured, part by part; what is missing or failed says so."""
+def markdown(result: dict[str, Any], further: Mapping[str, dict[str, Any]] | None = None) -> str:
+    """The goals, then all that was measured, part by part; what is missing or failed says so.
+
+    further: results of other programs on the same GPU that goals are about, by their source.
+    """
     parts = {name: part["items"] for name, part in result["parts"].items()}
     blocks = ["# GPU report"]
     if result["smoke"]:
         blocks.append("A smoke run on a CPU at toy size: these numbers mean nothing.")
+    else:
+        blocks += ["## Goals", table(HEADER, goal_lines({"report": result, **(further or {})}))]
     for name, part in result["parts"].items():
-        good = {item: value for item, value in part["items"].items() if "error" not in value}
+        good = {item: value for item, value in part["items"].items() if not {"error", "unavailable"} & value.keys()}
         blocks += [f"## {name}", *_state(part)]
-        blocks += list(_writer(name)(good)) if good else []
+        blocks += list(_writer(name, parts)(good)) if good else []
         blocks += _speedups(name, parts)
     return "\n\n".join(blocks) + "\n"
 
 
 def _state(part: dict[str, Any]) -> list[str]:
-    errors = [f"- {item}: {value['error']}" for item, value in part["items"].items() if "error" in value]
+    reasons = {item: value.get("error") or value.get("unavailable") for item, value in part["items"].items()}
+    errors = [f"- {item}: {reason}" for item, reason in reasons.items() if reason]
     head = [] if part["status"] == "done" else [f"**{part['status']}**: {part['error']}"]
     return head + (["\n".join(errors)] if errors else [])
 
 
-def _writer(name: str) -> Any:
+def _writer(name: str, parts: dict[str, Items]) -> Any:
     writers = {"environment": _environment, "ceilings": _ceilings, "correctness": _correctness, "kernels": _kernels}
-    return {**writers, "sampler": _sampler, "training": _training}.get(name, _steps)
+    writers |= {"sampler": _sampler, "training": _training, "peers": _peers}
+    writers["breakdown"] = partial(_breakdown, parts.get("ceilings", {}))
+    return writers.get(name, _steps)
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -97,6 +108,49 @@ def _step_line(name: str, value: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _peers(items: Items) -> Iterator[str]:
+    """Steps, samplers, and which commit each peer was."""
+    steps = {name: value for name, value in items.items() if "step_ms" in value}
+    samplers = {name: value for name, value in items.items() if "call" in value}
+    yield from _steps(steps) if steps else ()
+    yield from _sampler(samplers) if samplers else ()
+    commits = [f"- {name}: commit {value['commit']}" for name, value in items.items() if "commit" in value]
+    if commits:
+        yield "\n".join(commits)
+
+
+def _breakdown(ceilings: Items, items: Items) -> Iterator[str]:
+    yield from _steps(items)
+    for name, value in items.items():
+        floors = category_floors(value, ceilings)
+        lines = []
+        for kind, entry in sorted(value["categories"].items(), key=lambda pair: -pair[1]["ms"]):
+            floor = floors.get(kind)
+            shown = ("-", "-") if floor is None else (f"{floor:.2f}", f"{entry['ms'] / floor:.2f}")
+            lines.append((kind, f"{entry['ms']:.2f}", str(entry["kernels"]), *shown))
+        gap = value["step_ms"]["median"] - value["busy_ms"]
+        lines.append(("nothing (gaps between kernels)", f"{gap:.2f}", "-", "-", "-"))
+        yield table((name, "ms", "kernels", "floor ms", "times the floor"), lines)
+        if value["unknown"]:
+            yield "Kernels of no known kind: " + ", ".join(f"`{kernel}`" for kernel in value["unknown"])
+
+
+def category_floors(value: dict[str, Any], ceilings: Items) -> dict[str, float]:
+    """Milliseconds that each category of a step takes at least, by the ceilings of the same report; none without them.
+
+    From the cost models with the measured copy bandwidth and matrix product rate. Convolutions: two forward passes and both
+    gradients at the times cuDNN needed alone, which counts the gradient of the images that a step does not need.
+    """
+    floors = {}
+    if "copy" in ceilings and "matmul bf16" in ceilings:
+        rates = ceilings["copy"]["bytes_per_s"], ceilings["matmul bf16"]["flops_per_s"]
+        floors = {k: 1e3 * max(c["bytes"] / rates[0], c["flops"] / rates[1]) for k, c in value["costs"].items()}
+    if conv := ceilings.get(f"conv {value['shapes']}"):
+        total = 2 * conv["fprop_ms"] + conv["dgrad_ms"] + conv["wgrad_ms"]
+        floors["convolution"] = total * value["batch"] / conv["batch"]
+    return floors
+
+
 def _speedups(name: str, parts: dict[str, Items]) -> list[str]:
     """Ours over each baseline of the same part, as ratios of images per second."""
     speeds = {item: value["images_per_s"] for item, value in parts[name].items() if "step_ms" in value}
@@ -108,13 +162,25 @@ def _speedups(name: str, parts: dict[str, Items]) -> list[str]:
     return [table(("times as fast as", *others), lines)]
 
 
+def step_rates(result: dict[str, Any]) -> str:
+    """Images per second of every step that was measured, and how many times as fast as each baseline fastcm is."""
+    blocks = []
+    for name, part in result["parts"].items():
+        good = {item: value for item, value in part["items"].items() if "step_ms" in value}
+        if good and name.partition("-")[0] in ("ect", "edm"):
+            rows = [(f"{item}, batch {value['batch']}", f"{value['images_per_s']:.0f}") for item, value in good.items()]
+            ratios = _speedups(name, {name: good})
+            blocks += [table((f"{name.partition('-')[0].upper()} step", "images/s"), rows), *ratios]
+    return "\n\n".join(blocks)
+
+
 def _sampler(items: Items) -> Iterator[str]:
-    header = ("sampler", "images/s", "call ms", "kernel ms", "kernels", "launches")
-    lines = [
-        (name, f"{value['images_per_s']:.1f}", f"{value['call']['median_us'] / 1e3:.3f}", f"{value['kernel_ms']:.3f}",
-         str(value["kernels"]), str(value["launches"]))
-        for name, value in items.items()
-    ]  # fmt: skip
+    header = ("sampler", "images/s", "call ms", "sum of kernels ms", "call over kernels", "kernels", "launches")
+    lines = []
+    for name, value in items.items():
+        call_ms, kernel_ms = value["call"]["median_us"] / 1e3, value["kernel_ms"]
+        times = (f"{call_ms:.3f}", f"{kernel_ms:.3f}", f"{call_ms / kernel_ms:.2f}")
+        lines.append((name, f"{value['images_per_s']:.1f}", *times, str(value["kernels"]), str(value["launches"])))
     yield table(header, lines)
 
 

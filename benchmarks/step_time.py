@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -61,24 +61,42 @@ def _host_times(step: Step, number: int) -> list[float]:
     return [second - first for first, second in pairwise(marks)]
 
 
-def count_kernels(step: Step, device: torch.device) -> dict[str, Any]:
-    """Launches by the host, kernels on the device, their summed time, and the kernels that take most of it.
+class Event(NamedTuple):
+    """What ran on the device, from ``start_us`` for ``us`` microseconds; on a CPU an operator without those it calls."""
 
-    On a CPU, which launches nothing, operators stand for kernels.
-    """
+    name: str
+    start_us: float
+    us: float
+
+
+def profile_step(step: Step, device: torch.device) -> tuple[list[Event], int]:
+    """What one step runs on the device, copies included, and how often the host launches something."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as record:
         step()
         _wait(device)
     events = record.events()
-    launches = sum(event.name.startswith(LAUNCHES) for event in events)
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    found = [
+        Event(event.name, event.time_range.start, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        for event in events
+        if event.device_type == kind and not event.is_user_annotation
+    ]
+    return found, sum(event.name.startswith(LAUNCHES) for event in events)
+
+
+def count_kernels(step: Step, device: torch.device) -> dict[str, Any]:
+    """Launches by the host, kernels on the device, their summed time, and the kernels that take most of it.
+
+    On a CPU, which launches nothing, operators stand for kernels.
+    """
+    events, launches = profile_step(step, device)
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for event in events:
-        if event.device_type == kind and not event.name.startswith(("Memcpy", "Memset")) and not event.is_user_annotation:
+        if not event.name.startswith(("Memcpy", "Memset")):
             counts[event.name] += 1
-            seconds[event.name] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) * 1e-6
+            seconds[event.name] += event.us * 1e-6
     top = [{"name": name[:160], "count": counts[name], "ms": value * 1e3} for name, value in seconds.most_common(TOP)]
     return {"launches": launches, "kernels": counts.total(), "kernel_ms": seconds.total() * 1e3, "top": top}
 

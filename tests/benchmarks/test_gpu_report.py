@@ -6,14 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_parts, gpu_report
-from benchmarks.gpu_parts import FULL, GPU_TESTS, PARTS, SMOKE, run_part
+from benchmarks import gpu_parts, gpu_report, gpu_steps
+from benchmarks.gpu_parts import PARTS, run_part
+from benchmarks.gpu_size import FULL, GPU_TESTS, SMOKE
 from benchmarks.gpu_table import markdown
 from fastcm.bench.report import as_json
+from fastcm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +82,14 @@ def test_a_second_run_repeats_only_what_is_missing():
     assert result["parts"]["hangs"]["seconds"] > 2.5
 
 
+def test_what_was_unavailable_is_tried_again_though_its_part_is_done():
+    result = empty()
+    run({"fine": 30.0}, result)
+    result["parts"]["fine"]["items"]["two"] = {"unavailable": "not installed"}
+    assert run({"fine": 30.0}, result) == {"fine": "done"}
+    assert result["parts"]["fine"]["items"]["two"] == {"value": "fine", "done": ["one"]}
+
+
 def test_no_part_starts_when_the_time_is_up():
     result = empty()
     states = run({"hangs": 1.0, "fine": 30.0}, result, seconds=1.5)
@@ -136,6 +147,13 @@ def test_an_unknown_part_ends_with_code_2(tmp_path):
     assert "no part weather" in done.stderr
 
 
+@pytest.mark.parametrize("word", ["weather=x", "ect", "ect="])
+def test_an_unknown_peer_ends_with_code_2(word, tmp_path):
+    done = report(tmp_path, "--smoke", "--peer", word)
+    assert done.returncode == 2
+    assert "expected NAME=PATH with a name of ect, fastgen, diffusers" in done.stderr
+
+
 def test_the_program_writes_json_and_markdown_and_resumes(tmp_path):
     assert report(tmp_path, "--smoke", "--only", "environment").returncode == 0
     first = json.loads((tmp_path / "r.json").read_text())
@@ -174,6 +192,13 @@ def test_every_part_runs_at_toy_size(part):
     assert text.count("\n|") > 2
 
 
+def test_a_sampler_has_the_sum_of_its_kernels_beside_the_time_of_a_call():
+    name = "fastcm torch, 1 steps, batch 1"
+    value = items_of("sampler", done=[item for item, _ in gpu_parts.PARTS["sampler"](SMOKE) if item != name])[name]
+    assert 0 < value["kernel_ms"] < 10 * value["call"]["median_us"] / 1e3
+    assert value["images_per_s"] == pytest.approx(1e6 / value["call"]["median_us"])
+
+
 def test_the_kernel_part_checks_every_op_and_pass():
     items = items_of("kernels")
     assert "| attention | jvp |" in markdown(
@@ -198,6 +223,50 @@ def test_the_step_part_measures_every_contestant():
     assert "times as fast as | compiled bf16" in text
 
 
+def test_the_breakdown_splits_the_step_of_ours_and_of_the_compiled_baseline():
+    items = items_of("breakdown")
+    assert list(items) == ["fastcm torch", "compiled bf16"]
+    for item in items.values():
+        assert sum(entry["kernels"] for entry in item["categories"].values()) == pytest.approx(item["kernels"], rel=0.05)
+        assert item["busy_ms"] > 0
+        assert item["costs"]["norm"]["bytes"] > 1000
+        assert item["shapes"] == "digits8"
+
+
+def variant(batch, dtype, mode, graph):
+    return f"{dtype}, {mode}, graph {graph}, batch {batch}"
+
+
+def test_variants_that_the_configuration_does_not_allow_say_why(monkeypatch):
+    def refuse(*arguments):
+        raise ConfigError("compute.dtype: expected 'float32' or 'bfloat16'")
+
+    monkeypatch.setattr(gpu_steps.Setup, "config", refuse)
+    items = items_of("compile-modes")
+    assert list(items) == [variant(*values) for values in gpu_steps.VARIANTS]
+    for name, item in items.items():
+        wanted = "a device of type cpu has no CUDA graphs" if "graph on" in name else "compute.dtype: expected"
+        assert item["unavailable"].startswith(wanted)
+
+
+def test_a_variant_is_built_with_its_options_under_its_mode(monkeypatch):
+    seen = []
+
+    def measured_step(setup, size, make, allow_tf32, kernels):
+        seen.append((setup.batch_size, torch._inductor.config.max_autotune, make()))
+        return {}
+
+    monkeypatch.setattr(gpu_steps, "measured_step", measured_step)
+    monkeypatch.setattr(gpu_steps, "ours", lambda setup, dtype, compiled, *options: SimpleNamespace(step=(dtype, *options)))
+    monkeypatch.setattr(gpu_steps.Setup, "config", lambda *arguments: None)
+    assert all("error" not in item for item in items_of("compile-modes").values())
+    assert seen == [
+        (batch // SMOKE.step_divisor, "max-autotune" in mode, (dtype, f"compute.cuda_graph='{graph}'"))
+        for batch, dtype, mode, graph in gpu_steps.VARIANTS
+        if graph == "off"
+    ]
+
+
 def test_done_items_are_not_measured_again():
     assert list(items_of("ceilings", done=["copy", "conv digits8"])) == ["matmul bf16"]
 
@@ -214,7 +283,7 @@ def test_an_item_that_fails_is_written_with_its_error_and_the_rest_goes_on(monke
 
 
 def test_a_loss_that_is_not_finite_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_parts, "_loss", lambda step: float("nan"))
+    monkeypatch.setattr(gpu_steps, "_loss", lambda step: float("nan"))
     assert "the loss after" in items_of("ect-128", done=["eager tf32", "compiled bf16", "fastcm torch"])["eager fp32"]["error"]
 
 
