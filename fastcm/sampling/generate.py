@@ -193,7 +193,7 @@ def _with_options(sampler: str, options: Mapping[str, float | None], own: Sampli
     for name in given:
         if name not in SAMPLERS[sampler].options:
             others = [other for other, entry in SAMPLERS.items() if name in entry.options]
-            place = f"only {' and '.join(others)} has one" if others else "nor has any other"
+            place = f"it belongs to {' and '.join(others)}" if others else "nor has any other"
             raise ConfigError(f"{name}: the {sampler} sampler has no such option, {place}; leave it out")
     defaults = {"consistency": {"sigma_min": own.renoise_sigma_min}, "trajectory": {"gamma": own.gamma}}
     return partial(SAMPLERS[sampler].run, **{**defaults.get(sampler, {}), **given})
