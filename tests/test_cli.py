@@ -167,8 +167,12 @@ def test_wrong_sample_arguments_are_named(fastcm_cli, bundle, arguments, code, m
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_bundle_cut_short_is_exit_3_naming_the_file(fastcm_cli, bundle):
-    bundle.write_bytes(bundle.read_bytes()[:-50])
+HUGE = (2**31).to_bytes(8, "little") + b"{" * 99  # a header of 2 GB, by its own account
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-50], lambda _: b"", lambda _: HUGE])
+def test_bundle_that_is_damaged_is_exit_3_naming_the_file(fastcm_cli, bundle, damage):
+    bundle.write_bytes(damage(bundle.read_bytes()))
     failed = fastcm_cli("sample", "model.safetensors")
     assert failed.returncode == 3
     assert failed.stderr.startswith("fastcm: error: model.safetensors: damaged or cut short")
