@@ -23,6 +23,7 @@ from fastcm.sampling import (
     sample_euler,
     sample_heun,
 )
+from fastcm.sampling.churn import Churn
 from fastcm.sampling.common import clip_range
 from fastcm.sampling.generate import SAMPLERS, choose_labels
 
@@ -123,14 +124,18 @@ def test_fresh_noise_keeps_the_distribution(sampler, num_steps, options):
     assert correlation < 0.9
 
 
-def test_a_step_of_ancestral_sampling_draws_from_the_posterior():
-    """q(x_s | x_t, x_0) = N((s / t)^2 x_t + (1 - (s / t)^2) x_0, s^2 (1 - (s / t)^2)) for x_t = x_0 + t n."""
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_a_step_of_ancestral_sampling_draws_from_the_posterior(eta):
+    """N((s / t)^2 x_t + (1 - (s / t)^2) x_0, s^2 (1 - (s / t)^2)) at eta 1, and DDIM's form of it below."""
     t, s, x = 2.0, 0.6, start(sigma=2.0)
     clean = gaussian(x, torch.full((3,), t, dtype=torch.float64))
+    deviation = eta * s * math.sqrt(1 - (s / t) ** 2)
+    share = math.sqrt(s**2 - deviation**2) / t
+    assert share == pytest.approx((s / t) ** 2) or eta < 1
+    expected = share * x + (1 - share) * clean + deviation * noise(0)
     sigmas = torch.tensor([t, s], dtype=torch.float64)
-    share = (s / t) ** 2
-    expected = share * x + (1 - share) * clean + s * math.sqrt(1 - share) * noise(0)
-    torch.testing.assert_close(sample_ancestral(gaussian, x, sigmas, noise=noise), expected, rtol=1e-5, atol=1e-6)
+    actual = sample_ancestral(gaussian, x, sigmas, noise=noise, eta=eta)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_ancestral_sampling_without_noise_is_euler():
@@ -277,6 +282,14 @@ def test_options_reach_the_sampler(sampler, options):
     direct = SAMPLERS[sampler].run(model, x, karras_sigmas(6), noise=fresh, **options)
     torch.testing.assert_close(given, direct.float())
     assert not torch.allclose(sample(model, 3, 6, 4, sampler=sampler), given, atol=1e-3)
+
+
+def test_churn_raises_a_level_within_its_bounds_by_at_most_the_root_of_two():
+    churn, levels = Churn(s_churn=4.0, s_tmin=0.5, s_tmax=8.0), torch.tensor([0.4, 0.5, 8.0, 9.0], dtype=torch.float64)
+    raised = torch.stack([churn.sigma_hat(gaussian, level, 16) for level in levels])
+    torch.testing.assert_close(raised / levels, torch.tensor([1, 1.25, 1.25, 1], dtype=torch.float64))
+    assert churn.sigma_hat(gaussian, levels[1], 2).item() == pytest.approx(0.5 * math.sqrt(2))
+    assert churn.deviation(levels[0], levels[1]).item() == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "euler", "dpm", "ancestral", "consistency"])
