@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 import fastcm
+from fastcm.cli import cli, main
 from fastcm.io.bundle import BundleHeader, save_bundle
+from fastcm.io.images import to_uint8
 from fastcm.model import SamplingDefaults
 from fastcm.nn.unet import UNet
+from fastcm.sampling.generate import SAMPLERS, SamplerOptions
 
 NETWORK = {"family": "ddpmpp", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 
@@ -102,6 +105,35 @@ def test_steps_mid_sigma_and_average_change_the_images(fastcm_cli, tmp_path, bun
     assert len(set(images)) == len(variants)
 
 
+def test_sampler_and_its_constants_change_the_images(tmp_path):
+    write_bundle(tmp_path / "model.safetensors", sampler="heun", kind="edm")
+    variants = [
+        [],
+        ["--s-churn", "2", "--s-tmin", "0.05", "--s-tmax", "50", "--s-noise", "1.1"],
+        ["--sampler", "dpm"],
+        ["--sampler", "dpm", "--s-churn", "2", "--midpoint-rho", "3"],
+        ["--sampler", "ancestral"],
+        ["--sampler", "ancestral", "--eta", "0.5"],
+    ]
+    images = []
+    for variant in variants:
+        out = tmp_path / "out.npz"
+        main(["sample", str(tmp_path / "model.safetensors"), "--num", "3", "--steps", "4", "--out", str(out), *variant])
+        with np.load(out) as file:
+            images.append(file["images"])
+    assert len({batch.tobytes() for batch in images}) == len(variants)
+    model, options = fastcm.load(tmp_path / "model.safetensors"), {"s_churn": 2.0, "midpoint_rho": 3.0}
+    same = to_uint8(fastcm.sample(model, 3, 4, sampler="dpm", **options))
+    assert np.abs(images[3].astype(int) - same).max() <= 1
+
+
+def test_the_command_line_offers_every_sampler_and_constant():
+    offered = {option.name: option for option in cli.commands["sample"].params}
+    assert list(offered["sampler"].type.choices) == list(SAMPLERS)
+    assert {name for sampler in SAMPLERS.values() for name in sampler.options} == set(SamplerOptions.__annotations__)
+    assert SamplerOptions.__annotations__.keys() <= offered.keys()
+
+
 def test_label_selects_the_class(fastcm_cli, tmp_path):
     write_bundle(tmp_path / "model.safetensors", label_dim=10)
     one, two = (sampled(fastcm_cli, tmp_path, "--num", "4", "--label", str(label)) for label in (1, 2))
@@ -129,6 +161,9 @@ def test_file_in_the_way_is_a_clear_error(fastcm_cli, tmp_path, bundle):
     [
         (["--label", "1"], 2, "no classes"),
         (["--steps", "3", "--mid-sigma", "1.0"], 2, "mid_sigmas"),
+        (["--eta", "0.5"], 2, "eta: the consistency sampler has no such option, it belongs to ancestral"),
+        (["--sampler", "dpm", "--s-churn", "nan"], 2, "s_churn: expected a finite number"),
+        (["--sampler", "ddim"], 2, "--sampler"),
         (["--steps", "2", "--mid-sigma", "nan"], 2, "must descend"),
         (["--num", "1000000000000"], 2, "--num"),
         (["--label", "99999999999999999999999"], 2, "--label"),
@@ -147,8 +182,12 @@ def test_wrong_sample_arguments_are_named(fastcm_cli, bundle, arguments, code, m
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_bundle_cut_short_is_exit_3_naming_the_file(fastcm_cli, bundle):
-    bundle.write_bytes(bundle.read_bytes()[:-50])
+HUGE = (2**31).to_bytes(8, "little") + b"{" * 99  # a header of 2 GB, by its own account
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-50], lambda _: b"", lambda _: HUGE])
+def test_bundle_that_is_damaged_is_exit_3_naming_the_file(fastcm_cli, bundle, damage):
+    bundle.write_bytes(damage(bundle.read_bytes()))
     failed = fastcm_cli("sample", "model.safetensors")
     assert failed.returncode == 3
     assert failed.stderr.startswith("fastcm: error: model.safetensors: damaged or cut short")

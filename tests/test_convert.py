@@ -6,11 +6,11 @@ from dataclasses import replace
 import checkpoint_files as files
 import pytest
 import torch
-from convert_cases import edm2_arguments, edm2_pickle, edm_pickle, official_state
+from convert_cases import edm2_arguments, edm2_pickle, edm_arguments, edm_pickle, official_state
 from golden_cases import case_names, load_case
 from golden_models import batch_of
 from integration_cases import header_of, write_bundle
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastcm.cli import main
 from fastcm.config import EDM2Config, UNetConfig
@@ -136,15 +136,44 @@ def test_rows_of_attention_may_be_head_major_in_vectors_of_one_pixel(tmp_path):
         case.close(load(tmp_path / "wrong")(*inputs), "out/denoised_boundary")
 
 
+def tensors_file(path, state):
+    save_file(state, path)
+    return path
+
+
+def vp_pickle(path, state):
+    return files.write_edm_pickle(path, state, *edm_arguments("A_VPPrecond"))
+
+
+def ect_state(path, state):
+    return files.write_training_state(path, state, *edm_arguments("C_ecm_net"))
+
+
+# Case, writer, options of every kind of file that brings floats.
+FORMATS = {
+    "EDM state dict": ("A_VPPrecond", files.write_state_dict, {"preconditioner": "vp"}),
+    "EDM safetensors": ("A_VPPrecond", tensors_file, {"preconditioner": "vp"}),
+    "EDM pickle": ("A_VPPrecond", vp_pickle, {}),
+    "ECT training state": ("C_ecm_net", ect_state, {}),
+    "EDM2 state dict": ("G_net_uncond", files.write_state_dict, {"channels_per_head": 16}),
+    "OpenAI": ("E_unet_cond", files.write_state_dict, {"num_heads": 2, "num_heads_up": 1}),
+    "CTM on CIFAR-10": ("F_kim_net", files.write_state_dict, {}),
+    "CTM on ImageNet": ("F_sony_net", files.write_state_dict, {"channels_per_head": 16}),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_values_of_any_dtype_come_back_in_it(dtype, tmp_path):
-    state = {key: value.to(dtype) for key, value in official_state("A_VPPrecond").items()}
-    source = files.write_state_dict(tmp_path / "half.pt", state)
-    done = convert(source, tmp_path / "bundle", Options(preconditioner="vp"))
+@pytest.mark.parametrize("form", FORMATS)
+def test_values_of_any_dtype_come_back_in_it(form, dtype, tmp_path):
+    case, write, options = FORMATS[form]
+    state = {key: value.to(dtype) for key, value in official_state(case).items()}
+    done = convert(write(tmp_path / "half", state), tmp_path / "bundle", Options(**options))
     assert done.dtypes == {str(dtype).removeprefix("torch."): len(state)}
     assert {value.dtype for value in read_tensors(tmp_path / "bundle")[0].values()} == {torch.float32}
-    export_official(tmp_path / "bundle", tmp_path / "out", "edm")
+    layout = read_bundle(tmp_path / "bundle")[1].trained["source"]["layout"]["name"]
+    export_official(tmp_path / "bundle", tmp_path / "out", layout)
     exported = load_file(tmp_path / "out")
+    assert exported.keys() == state.keys()
     assert all(exported[key].dtype == dtype and torch.equal(exported[key], value) for key, value in state.items())
 
 
@@ -375,6 +404,32 @@ def test_training_goes_on_from_a_converted_pickle(class_name, tmp_path, monkeypa
     assert tuned.sampling.sampler == "consistency"
     steps = [(value - net.state_dict()[key]).abs().max() for key, value in tuned.net.state_dict().items()]
     assert 0 < max(steps) < 0.05  # four steps away from the imported weights, not fresh ones
+
+
+SMALL = {"model_channels": 16, "channel_mult": (1, 1), "num_blocks": 1, "attn_resolutions": (4,)}
+CONSISTENCY = ["--channels-per-head", "16", "--resolution", "8"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "network", "options"),
+    [
+        ("openai", UNetConfig(family="openai", **SMALL, overrides={"channels_per_head": 16}), CONSISTENCY),
+        ("edm2", EDM2Config(family="edm2", **SMALL, channels_per_head=16), ["--channels-per-head", "16"]),
+    ],
+)  # fmt: skip
+def test_one_command_tunes_a_converted_consistency_model_and_edm2(layout, network, options, tmp_path, monkeypatch):
+    """The pickles of EDM are above; CD's networks bring other names and heads, EDM2's a log variance that ECT has none of."""
+    net = build_network(network, (1, 8, 8)).init_weights(7)
+    files.write_state_dict(tmp_path / "source.pt", Layout(layout).official(net.state_dict(), net, None))
+    monkeypatch.chdir(tmp_path)
+    main(["convert", "source.pt", "edm.safetensors", *options])
+    (tmp_path / "tune.yaml").write_text(TUNING)
+    main(["train", "tune.yaml", "network={family: bundle}", "phases.tune.optimizer.kind=adam", "--out", "run"])
+    tuned, start = load("run", ema="net"), load("edm.safetensors")
+    start.net.constrain_weights(torch.tensor(1.0))  # as EDM2's are before the first step
+    assert tuned.sampling.sampler == "consistency"
+    steps = [(value - start.net.state_dict()[key]).abs().max() for key, value in tuned.net.state_dict().items()]
+    assert 0 < max(steps) < 0.05
 
 
 @pytest.mark.parametrize("half", [True, False])

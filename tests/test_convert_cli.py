@@ -9,7 +9,7 @@ from collections import OrderedDict
 import checkpoint_files as files
 import pytest
 import torch
-from convert_cases import SOURCES, edm2_training_state, edm_pickle, official_state, state_dict
+from convert_cases import EDM_OPTIONS, SOURCES, edm2_training_state, edm_pickle, official_state, state_dict
 from golden_cases import load_case
 from safetensors.torch import load_file, save_file
 
@@ -122,6 +122,10 @@ def openai_added(state):
     state["label_emb.bias"] = torch.zeros(1)
 
 
+def edm2_added(state):
+    state["unet.enc.8x8_down.extra.weight"] = torch.zeros(1)
+
+
 def reshaped(key):
     return lambda state: state.update({key: state[key][:1]})
 
@@ -140,7 +144,9 @@ EDM_KEY, OPENAI_KEY, EDM2_KEY = (
     "middle_block.0.in_layers.2.bias",
     "unet.enc.8x8_down.conv_res0.weight",
 )
-NEW = "A_ddpmpp_uncond", "E_unet_uncond", "G_net_uncond"
+KIM_KEY, SONY_KEY = "model.map_layer0_s.weight", "time_embed_s.0.weight"
+KIM_ADDEND, SONY_ADDEND = "model.dec.16x16_block0.affine_s.bias", "input_blocks.1.0.emb_layers_s.1.bias"
+IDDPM = ("--preconditioner", "iddpm")
 
 
 @pytest.mark.parametrize(
@@ -152,12 +158,25 @@ NEW = "A_ddpmpp_uncond", "E_unet_uncond", "G_net_uncond"
         ("G_net_uncond", without("unet.out_gain"), HEADS, "lacks unet.out_gain"),
         ("A_ddpmpp_uncond", added, (), "has enc.extra.weight, which this network lacks"),
         ("E_unet_uncond", openai_added, HEADS, "has label_emb.bias, which this network lacks"),
+        ("G_net_uncond", edm2_added, HEADS, "has unet.enc.8x8_down.extra.weight, which this network lacks"),
+        ("F_kim_net", without(KIM_ADDEND), (), f"lacks {KIM_ADDEND.removeprefix('model.')}"),
+        ("F_sony_net", without(SONY_ADDEND), HEADS, f"lacks {SONY_ADDEND}"),
+        ("F_kim_net", added, (), "has enc.extra.weight, which this network lacks"),
+        ("F_sony_net", openai_added, HEADS, "has label_emb.bias, which this network lacks"),
+        ("F_kim_net", reshaped(KIM_KEY), (), f"{KIM_KEY.removeprefix('model.')} has shape (1, 16), but"),
+        ("F_sony_net", reshaped(SONY_KEY), HEADS, f"{SONY_KEY} has shape (1, 32), but"),
+        ("E_unet_uncond", reshaped(OPENAI_KEY), HEADS, f"{OPENAI_KEY} has shape (1,), but"),
         ("A_ddpmpp_uncond", reshaped(EDM_KEY), (), f"{EDM_KEY.removeprefix('model.')} has shape (1,), but"),
         ("G_net_uncond", reshaped(EDM2_KEY), HEADS, f"{EDM2_KEY} has shape (1, 16, 3, 3), but"),
         ("A_ddpmpp_uncond", damaged(EDM_KEY, math.nan), (), f"{EDM_KEY} has values that are NaN"),
         ("E_unet_uncond", damaged(OPENAI_KEY, math.inf), HEADS, f"{OPENAI_KEY} has values that are infinite"),
         ("A_iDDPMPrecond", damaged("u", 1.0), (), "u is not the table of noise levels of IDDPM"),
         ("E_unet_uncond", wide, HEADS, "6 output channels for 3 of the image: guided diffusion"),
+        ("A_iDDPMPrecond", dict, EDM_OPTIONS, "preconditioner was given as edm, but its iDDPMPrecond is iddpm"),
+        ("A_iDDPMPrecond", without("u"), EDM_OPTIONS, "preconditioner was given as edm, but its iDDPMPrecond is iddpm"),
+        ("A_VPPrecond", dict, IDDPM, "3 output channels for 3 of the image, but under the preconditioner iddpm"),
+        ("E_unet_uncond", dict, (*HEADS, *IDDPM), "under the preconditioner iddpm it would have 6"),
+        ("G_net_uncond", dict, (*HEADS, *IDDPM), "under the preconditioner iddpm it would have"),
         ("A_ddpmpp_uncond", dict, ("--label-dim", "10"), "label_dim was given as 10, but by its embedding"),
         ("A_ddpmpp_uncond", dict, ("--resolution", "64"), "resolution was given as 64, but by the names"),
         ("E_unet_uncond", dict, (*HEADS, "--resolution", "15"), "2 levels, but 15 pixels"),

@@ -346,7 +346,8 @@ def test_another_scheduler_is_refused_by_key_and_value(exported, changes, messag
 @pytest.mark.parametrize("name", ["unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"])
 def test_a_missing_or_damaged_file_is_named(exported, name):
     content = (exported / name).read_bytes()
-    for damaged in (b"", b"[]", content[: len(content) // 2], b"\x00" * 100, b"\xff" * 8 + content):
+    huge = (2**31).to_bytes(8, "little") + b"{" * 99  # a header of 2 GB, by its own account
+    for damaged in (b"", b"[]", content[: len(content) // 2], b"\x00" * 100, b"\xff" * 8 + content, huge):
         (exported / name).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=name):
             import_diffusers(exported)

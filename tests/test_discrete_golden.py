@@ -17,7 +17,7 @@ from fastcm.io.openai_layout import to_openai
 from fastcm.model import one_hot
 from fastcm.objectives import ConsistencyTraining, EDMObjective, Networks, ProgressiveDistillation
 from fastcm.objectives.discrete import DiscreteConsistency
-from fastcm.sampling import sample_consistency, sample_euler, sample_heun
+from fastcm.sampling import sample_ancestral, sample_consistency, sample_dpm, sample_euler, sample_heun
 
 DISTANCES = {"l2": "squared", "l1": "l1", "l2-32": "squared_32"}
 WEIGHTS = {
@@ -192,10 +192,50 @@ def test_multistep_starts_again_from_sigma_min_as_the_official_one_does():
             case.close(x, "out/x")
 
 
-@pytest.mark.parametrize(("name", "sampler"), [("E_sample_heun", sample_heun), ("E_sample_euler", sample_euler)])
-def test_ode_samplers_are_the_official_ones(name, sampler):
-    case, x = sampled(name, EDM(), sampler, karras_sigmas(load_case(name).config["steps"]))
+DIFFUSION_SAMPLERS = {
+    "heun": (sample_heun, {}),
+    "heun_churn": (sample_heun, {}),
+    "euler": (sample_euler, {}),
+    "ancestral": (sample_ancestral, {}),
+    "dpm": (sample_dpm, {"midpoint_rho": 3.0}),
+    "dpm_churn": (sample_dpm, {"midpoint_rho": 3.0}),
+}
+
+
+def diffusion_sampled(name, **changes):
+    """(case, images) of a diffusion sampler with the case's own constants and recorded noise, but for ``changes``."""
+    case, (sampler, options) = load_case(f"E_sample_{name}"), DIFFUSION_SAMPLERS[name]
+    config, noises = case.config, case.tensors.get("in/noises")
+    options = options | {key: value for key, value in config.items() if key.startswith("s_")}
+    if noises is not None:
+        options["noise"] = lambda step: noises[step]
+    return sampled(f"E_sample_{name}", EDM(), sampler, karras_sigmas(config["steps"]), **options | changes)
+
+
+@pytest.mark.parametrize("name", DIFFUSION_SAMPLERS)
+def test_samplers_of_diffusion_models_are_the_official_ones(name):
+    case, x = diffusion_sampled(name)
     case.close(x, "out/x")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("heun_churn", {"s_churn": 1.5}),
+        ("heun_churn", {"s_tmin": 0.6}),
+        ("heun_churn", {"s_tmax": 10.0}),
+        ("heun_churn", {"s_noise": 1.0}),
+        ("ancestral", {"eta": 0.9}),
+        ("dpm", {"midpoint_rho": 7.0}),
+        ("dpm", {"midpoint_rho": math.inf}),
+        ("dpm_churn", {"s_churn": 0.8}),
+        ("dpm_churn", {"s_noise": 1.01}),
+    ],
+)
+def test_a_wrong_constant_of_a_sampler_is_noticed(name, change):
+    case, x = diffusion_sampled(name, **change)
+    with pytest.raises(AssertionError):
+        case.close(x, "out/x")
 
 
 def test_sampler_of_progressive_distillation_is_the_official_one():

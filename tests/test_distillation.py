@@ -17,6 +17,7 @@ from fastcm.data.sources import open_source
 from fastcm.io.bundle import load
 from fastcm.io.tensors import read_tensors
 from fastcm.sampling import sample
+from fastcm.train.checkpoint import list_checkpoints
 from fastcm.train.phase import Phase
 
 OBJECTIVES = {
@@ -117,6 +118,53 @@ def test_student_becomes_the_teacher_when_the_steps_are_halved():
     assert same(state_of(phase.networks.teacher), student)
     assert phase.optimizer.num_steps == 1
     assert phase.sampling_model().sampling.steps == 2
+
+
+ANNEALED = {
+    "objective": {**OBJECTIVES["pd"], "stage_images": 64},
+    "duration_images": 176,
+    "optimizer": {"kind": "adam", "lr": 1e-3, "warmup_images": 32, "cooldown_images": 32},
+    "emas": {
+        "main": {"halflife_images": 64, "rampup_ratio": 0.5},
+        "wide": {"kind": "power", "std": 0.1},
+    },
+}
+
+
+def test_each_stage_warms_up_and_cools_down_anew():
+    phase = phase_of("pd", **ANNEALED)
+    rates, betas = [], []
+    while not phase.finished:
+        rates.append(phase.learning_rate)
+        betas.append(phase._ema_betas().tolist())
+        phase.step()
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4] * 2 + [0, 5e-4, 5e-4])  # the last stage ends with the phase
+    assert betas[4:8] == betas[:4]
+    assert betas[4] == [0, 0]  # averages begin at the weights
+    assert betas[7][0] == pytest.approx(0.5 ** (16 / 24))
+
+
+def test_a_run_resumed_within_a_later_stage_continues_bit_for_bit(tmp_path):
+    write_config(tmp_path / "tiny.yaml", "pd", **ANNEALED)
+    often = ["telemetry.snapshot_images=16", "telemetry.keep_checkpoints=20"]
+    whole = run_cli(tmp_path, "train", "tiny.yaml", *often, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    saved = list_checkpoints(tmp_path / "part" / "checkpoints")
+    for later in saved[-4:]:  # 64 + 112 images are left: the middle of the second stage
+        shutil.rmtree(later)
+    assert int(saved[-5].name) == 64 + 112
+    for bundle in (tmp_path / "part").glob("*.safetensors"):
+        bundle.unlink()
+    rest = run_cli(tmp_path, "train", "tiny.yaml", *often, "--out", "part")
+    assert rest.returncode == 0, rest.stderr
+    assert "resuming distill at 112 images" in rest.stderr
+    first, second = (read_tensors(tmp_path / run / "distill.safetensors")[0] for run in ("whole", "part"))
+    assert first.keys() == second.keys()
+    assert same(first, second)
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "part")]
+    rates = [[(line["images"], line["learning_rate"]) for line in map(json.loads, run)] for run in lines]
+    assert rates[0] == rates[1]
 
 
 def test_a_distilled_model_is_sampled_with_the_steps_it_was_made_for(tmp_path):

@@ -98,6 +98,15 @@ def test_weights_and_precision_are_those_asked_for(tmp_path):
         HubModel.from_bundle(tmp_path, ema="best")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load_as_they_are(folder, dtype):
+    stored = {name: value.to(dtype) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(stored, folder / "model.safetensors")
+    weights = HubModel.from_pretrained(folder).net.state_dict()
+    assert all(weights[name].dtype == torch.float32 for name in stored)
+    assert all(torch.equal(weights[name], value.float()) for name, value in stored.items())
+
+
 def test_files_are_plain_and_those_of_the_mixin(bundle, folder, tmp_path):
     HubModel.from_bundle(bundle).save_pretrained(tmp_path / "mixin")
     for name in FILES:
@@ -220,7 +229,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder, change, message):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_or_damaged_file_is_named(folder, name):
     content = (folder / name).read_bytes()
-    for damaged in (b"", b"[]", content[: len(content) // 2], b"\x00" * 100):
+    huge = (2**31).to_bytes(8, "little") + b"{" * 99  # a header of 2 GB, by its own account
+    for damaged in (b"", b"[]", content[: len(content) // 2], b"\x00" * 100, huge):
         (folder / name).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=name):
             HubModel.from_pretrained(folder)

@@ -361,6 +361,14 @@ def test_steps_of_progressive_distillation_halve_and_stop():
     assert [objective.schedule(images)["num_steps"] for images in (0, 99, 100, 200, 300, 10**6)] == [16, 16, 8, 4, 2, 2]
 
 
+def test_stages_of_progressive_distillation_end_with_the_phase():
+    objective = ProgressiveDistillation(start_steps=4, end_steps=1, stage_images=100)
+    stages = {0: range(100), 99: range(100), 100: range(100, 200), 199: range(100, 200), 250: range(200, 450)}
+    assert {images: objective.stage(images, 450) for images in stages} == stages
+    assert objective.stage(120, 150) == range(100, 150)
+    assert ECT().stage(10**6, 450) == range(450)
+
+
 def test_feature_distance_without_a_feature_network_says_so():
     images = torch.zeros(2, 3, 8, 8)
     with pytest.raises(ValueError, match="feature network"):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from golden_cases import load_case
 
 from fastcm.config import EMAConfig, OptimizerConfig
 from fastcm.random import Stream
@@ -125,6 +126,17 @@ def test_average_follows_its_half_life():
     for step in range(10):
         average.update(torch.tensor(ema_beta(config, 100 * step, 100)), torch.tensor(1.0))
     torch.testing.assert_close(average.averages["a"], torch.tensor([0.5]))
+
+
+def test_average_is_the_official_one():
+    case = load_case("E_update_ema")
+    params = {name: torch.nn.Parameter(case.tensors[f"in/target{name}"].clone()) for name in "01"}
+    average = WeightAverage(params)
+    for name, parameter in params.items():
+        parameter.data.copy_(case.tensors[f"in/source{name}"])
+    average.update(torch.tensor(case.config["rate"]), torch.tensor(1.0))
+    for name in params:
+        case.close(average.averages[name], f"out/target{name}")
 
 
 def test_average_moves_at_a_very_long_half_life():

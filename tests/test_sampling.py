@@ -12,9 +12,20 @@ from fastcm.errors import ConfigError
 from fastcm.model import Model
 from fastcm.nn import UNet
 from fastcm.random import Stream
-from fastcm.sampling import Ablation, consistency_sigmas, sample, sample_ablation, sample_consistency, sample_heun
+from fastcm.sampling import (
+    Ablation,
+    consistency_sigmas,
+    sample,
+    sample_ablation,
+    sample_ancestral,
+    sample_consistency,
+    sample_dpm,
+    sample_euler,
+    sample_heun,
+)
+from fastcm.sampling.churn import Churn
 from fastcm.sampling.common import clip_range
-from fastcm.sampling.generate import choose_labels
+from fastcm.sampling.generate import SAMPLERS, choose_labels
 
 SHAPE = (3, 8, 8)
 SIGMA_DATA = 0.5
@@ -65,8 +76,9 @@ def error(sampler, num_steps, **options):
     return (sampler(gaussian, x, karras_sigmas(num_steps), **options) - exact(x)).abs().max().item()
 
 
-def test_heun_converges_with_second_order():
-    coarse, fine = error(sample_heun, 32), error(sample_heun, 64)
+@pytest.mark.parametrize(("sampler", "options"), [(sample_heun, {}), (sample_dpm, {}), (sample_dpm, {"midpoint_rho": 3.0})])
+def test_heun_and_dpm_converge_with_second_order(sampler, options):
+    coarse, fine = error(sampler, 32, **options), error(sampler, 64, **options)
     assert fine < 1e-2
     assert 3 < coarse / fine < 6
 
@@ -95,12 +107,54 @@ def test_every_scheme_solves_the_same_equation(alpha, scheme):
     torch.testing.assert_close(sample_ablation(gaussian, x, sigmas, options), exact(x), rtol=0.02, atol=0.02)
 
 
-def test_churn_keeps_the_distribution():
-    x = start(64)
-    churned = sample_heun(gaussian, x, karras_sigmas(200), s_churn=40.0, noise=lambda step: noise(step, 64))
-    assert churned.std().item() == pytest.approx(SIGMA_DATA, rel=0.03)
-    correlation = (churned * exact(x)).mean() / (churned.std() * exact(x).std())
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "options"),
+    [
+        (sample_heun, 200, {"s_churn": 40.0}),
+        (sample_dpm, 200, {"s_churn": 40.0}),
+        (sample_ancestral, 400, {}),  # of first order: 200 steps leave the deviation 3 % short, 400 half of that
+        (sample_ancestral, 400, {"eta": 0.7}),
+    ],
+)
+def test_fresh_noise_keeps_the_distribution(sampler, num_steps, options):
+    x = start(32)
+    images = sampler(gaussian, x, karras_sigmas(num_steps), noise=lambda step: noise(step, 32), **options)
+    assert images.std().item() == pytest.approx(SIGMA_DATA, rel=0.03)
+    correlation = (images * exact(x)).mean() / (images.std() * exact(x).std())
     assert correlation < 0.9
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_a_step_of_ancestral_sampling_draws_from_the_posterior(eta):
+    """N((s / t)^2 x_t + (1 - (s / t)^2) x_0, s^2 (1 - (s / t)^2)) at eta 1, and DDIM's form of it below."""
+    t, s, x = 2.0, 0.6, start(sigma=2.0)
+    clean = gaussian(x, torch.full((3,), t, dtype=torch.float64))
+    deviation = eta * s * math.sqrt(1 - (s / t) ** 2)
+    share = math.sqrt(s**2 - deviation**2) / t
+    assert share == pytest.approx((s / t) ** 2) or eta < 1
+    expected = share * x + (1 - share) * clean + deviation * noise(0)
+    sigmas = torch.tensor([t, s], dtype=torch.float64)
+    actual = sample_ancestral(gaussian, x, sigmas, noise=noise, eta=eta)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ancestral_sampling_without_noise_is_euler():
+    sigmas = karras_sigmas(6)
+    torch.testing.assert_close(sample_ancestral(gaussian, start(), sigmas, eta=0.0), sample_euler(gaussian, start(), sigmas))
+
+
+def test_midpoint_of_dpm_is_halfway_in_log_sigma_or_in_a_power_of_it():
+    levels, sigmas = [], torch.tensor([8.0, 2.0, 0.0], dtype=torch.float64)
+
+    def model(x, sigma):
+        levels.append(sigma[0].item())
+        return 0 * x
+
+    sample_dpm(model, start(), sigmas)
+    assert levels == pytest.approx([8, 4, 2])
+    levels.clear()
+    sample_dpm(model, start(), sigmas, midpoint_rho=3.0)
+    assert levels == pytest.approx([8, ((2 + 2 ** (1 / 3)) / 2) ** 3, 2, 2 / 8])
 
 
 def test_one_step_of_consistency_sampling_is_one_evaluation():
@@ -134,14 +188,15 @@ def test_default_levels_are_the_published_two_step_level_and_geometric_beyond():
     torch.testing.assert_close(ratios, ratios[0].expand(3))
 
 
-@pytest.mark.parametrize("sample", [sample_heun, sample_consistency])
+@pytest.mark.parametrize("sample", [sample_heun, sample_euler, sample_dpm, sample_ancestral, sample_consistency])
 def test_callback_sees_every_step_of_an_outside_denoiser(sample):
     steps = []
     x = sample(gaussian, start(), karras_sigmas(4), noise=noise, callback=steps.append)
     assert [step["i"] for step in steps] == [0, 1, 2, 3]
     assert all(set(step) == {"x", "i", "sigma", "sigma_hat", "denoised"} for step in steps)
     assert steps[0]["sigma"].item() == pytest.approx(80)
-    assert torch.equal(x, steps[-1]["denoised"]) or sample is sample_heun
+    # All end on the last denoised image: to 0, a slope leads there exactly, and the last step of all is Euler's.
+    torch.testing.assert_close(x, steps[-1]["denoised"])
 
 
 def test_samplers_return_double_precision_without_a_graph():
@@ -152,7 +207,11 @@ def test_samplers_return_double_precision_without_a_graph():
 
 
 @pytest.mark.parametrize(
-    ("steps", "sampler", "evaluations"), [(1, "consistency", 1), (2, "consistency", 2), (5, "heun", 9), (1, "heun", 1)]
+    ("steps", "sampler", "evaluations"),
+    [
+        *((1, "consistency", 1), (2, "consistency", 2), (5, "heun", 9), (1, "heun", 1)),
+        *((5, "dpm", 9), (1, "dpm", 1), (5, "ancestral", 5), (5, "euler", 5)),
+    ],
 )
 def test_number_of_network_evaluations(steps, sampler, evaluations):
     model = counting_model()
@@ -161,15 +220,21 @@ def test_number_of_network_evaluations(steps, sampler, evaluations):
 
 
 @pytest.mark.parametrize("label_dim", [0, 4])
-@pytest.mark.parametrize(("steps", "sampler"), [(4, "heun"), (3, "consistency")])
-def test_images_are_the_same_at_any_batch_size(steps, sampler, label_dim):
+@pytest.mark.parametrize(
+    ("steps", "sampler", "options"),
+    [
+        *((4, "heun", {}), (4, "heun", {"s_churn": 2.0}), (3, "consistency", {}), (4, "ancestral", {})),
+        *((4, "dpm", {}), (4, "dpm", {"s_churn": 2.0, "s_noise": 1.003, "s_tmin": 0.05, "s_tmax": 50.0})),
+    ],
+)
+def test_images_are_the_same_at_any_batch_size(steps, sampler, options, label_dim):
     model = unet_model(EDMBoundary() if sampler == "consistency" else EDM(), label_dim)
-    together = sample(model, 6, steps, 1, sampler=sampler)
+    together = sample(model, 6, steps, 1, sampler=sampler, **options)
     assert together.shape == (6, *SHAPE)
     assert together.dtype == torch.float32
-    apart = sample(model, 6, steps, 1, sampler=sampler, batch_size=4)
+    apart = sample(model, 6, steps, 1, sampler=sampler, batch_size=4, **options)
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
-    later = sample(model, 2, steps, 1, sampler=sampler, index_offset=3)
+    later = sample(model, 2, steps, 1, sampler=sampler, index_offset=3, **options)
     torch.testing.assert_close(later, together[3:5], rtol=1e-4, atol=1e-4)
 
 
@@ -199,7 +264,35 @@ def test_seed_decides_the_images_and_the_global_generator_does_not():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("sampler", ["heun", "consistency"])
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("heun", {"s_churn": 40.0}),
+        ("heun", {"s_tmin": 1.0, "s_churn": 2.0}),
+        ("dpm", {"s_churn": 2.0}),
+        ("dpm", {"midpoint_rho": 3.0}),
+        ("ancestral", {"eta": 0.5}),
+    ],
+)
+def test_options_reach_the_sampler(sampler, options):
+    model = counting_model()
+    given = sample(model, 3, 6, 4, sampler=sampler, **options)
+    x = Stream(4, "latents").image_normal(torch.arange(3), SHAPE).double() * 80.0
+    fresh = lambda step: Stream(4, "sampler_noise").image_normal(torch.arange(3), SHAPE, draw=step)  # noqa: E731
+    direct = SAMPLERS[sampler].run(model, x, karras_sigmas(6), noise=fresh, **options)
+    torch.testing.assert_close(given, direct.float())
+    assert not torch.allclose(sample(model, 3, 6, 4, sampler=sampler), given, atol=1e-3)
+
+
+def test_churn_raises_a_level_within_its_bounds_by_at_most_the_root_of_two():
+    churn, levels = Churn(s_churn=4.0, s_tmin=0.5, s_tmax=8.0), torch.tensor([0.4, 0.5, 8.0, 9.0], dtype=torch.float64)
+    raised = torch.stack([churn.sigma_hat(gaussian, level, 16) for level in levels])
+    torch.testing.assert_close(raised / levels, torch.tensor([1, 1.25, 1.25, 1], dtype=torch.float64))
+    assert churn.sigma_hat(gaussian, levels[1], 2).item() == pytest.approx(0.5 * math.sqrt(2))
+    assert churn.deviation(levels[0], levels[1]).item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler", "dpm", "ancestral", "consistency"])
 def test_sampling_never_waits_for_the_device(sampler):
     images = sample(unet_model(label_dim=4).to("meta"), 5, 3, 0, sampler=sampler, batch_size=2)
     assert images.is_meta
@@ -210,11 +303,13 @@ def test_churned_samplers_never_wait_for_the_device(options):
     x, sigmas = start().to("meta"), options.sigmas(4, gaussian, "meta")
     extra = {"s_churn": 2.0, "noise": lambda step: noise(step).to("meta")}
     assert sample_heun(gaussian, x, sigmas, **extra).is_meta
+    assert sample_dpm(gaussian, x, sigmas, **extra).is_meta
     assert sample_ablation(gaussian, x, sigmas, options, **extra).is_meta
 
 
+@pytest.mark.parametrize("sampler", ["heun", "dpm", "ancestral"])
 @pytest.mark.parametrize("precond", [EDM(), EDMBoundary(), VP(), VE(), IDDPM()])
-def test_network_is_evaluated_inside_its_range_only(precond):
+def test_network_is_evaluated_inside_its_range_only(precond, sampler):
     sigmas = []
 
     class Keep(Model):
@@ -222,7 +317,7 @@ def test_network_is_evaluated_inside_its_range_only(precond):
             sigmas.append(sigma.double())
             return super().forward(x_NCHW, sigma, *arguments, **conditions)
 
-    sample(Keep(Counter(), precond, SHAPE), 1, 6, 0)
+    sample(Keep(Counter(), precond, SHAPE), 1, 6, 0, sampler=sampler)
     levels = torch.cat(sigmas)
     assert (levels >= precond.sigma_min * (1 - 1e-6)).all()
     assert (levels <= precond.sigma_max * (1 + 1e-6)).all()
@@ -258,6 +353,15 @@ def test_classes_are_drawn_evenly_when_none_are_given():
         ({"steps": 0, "sampler": "consistency"}, "steps"),
         ({"sampler": "ddim"}, "ddim"),
         ({"mid_sigmas": (1.0,)}, "mid_sigmas: the heun sampler"),
+        ({"eta": 0.5}, "eta: the heun sampler has no such option, it belongs to ancestral"),
+        ({"sampler": "euler", "s_churn": 1.0}, "s_churn: the euler sampler has no such option, it belongs to heun and dpm"),
+        ({"churn": 1.0}, "churn: the heun sampler has no such option, nor has any other"),
+        ({"s_churn": -1.0}, "s_churn: .*-1.0"),
+        ({"s_churn": math.nan}, "s_churn: .*nan"),
+        ({"s_churn": 1.0, "s_noise": math.inf}, "s_noise: .*inf"),
+        ({"s_churn": 1.0, "s_tmin": 2.0, "s_tmax": 1.0}, "s_tmin <= s_tmax, got 2.0 and 1.0"),
+        ({"sampler": "ancestral", "eta": 1.5}, "eta: .*1.5"),
+        ({"sampler": "dpm", "midpoint_rho": 0.0}, "midpoint_rho: .*0.0"),
         ({"sampler": "consistency", "steps": 3, "mid_sigmas": (1.0,)}, "need 2 intermediate"),
         ({"sampler": "consistency", "steps": 3, "mid_sigmas": (1.0, 2.0)}, "descend"),
         ({"sampler": "consistency", "steps": 2, "mid_sigmas": (90.0,)}, "descend"),
@@ -277,9 +381,9 @@ def test_labels_for_a_model_without_classes_say_why():
         sample(counting_model(), 2, 2, 0, labels=1)
 
 
-@pytest.mark.parametrize("sample", [sample_heun, sample_consistency])
+@pytest.mark.parametrize("sample", [sample_heun, sample_dpm, sample_ancestral, sample_consistency])
 def test_missing_noise_or_grid_says_why(sample):
-    extra = {"s_churn": 1.0} if sample is sample_heun else {}
+    extra = {"s_churn": 1.0} if sample in (sample_heun, sample_dpm) else {}
     with pytest.raises(ConfigError, match="noise"):
         sample(gaussian, start(), karras_sigmas(3), **extra)
     with pytest.raises(ConfigError, match="final 0"):

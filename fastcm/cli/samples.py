@@ -51,7 +51,7 @@ def likelihood_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    help="Network evaluations of a consistency or trajectory model, Heun steps of a diffusion model; default 2 or 18.",
+    help="Network evaluations of a consistency or trajectory model, solver steps of a diffusion model; default 2 or 18.",
 )
 @click.option("--num", default=64, show_default=True, type=click.IntRange(1, 10_000_000), help="Number of images.")
 @click.option(
@@ -67,10 +67,16 @@ def likelihood_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--label", type=click.IntRange(0, 100_000), help="Class of every image; default a random one.")
 @click.option(
     "--sampler",
-    type=click.Choice(["heun", "euler", "consistency", "trajectory"]),
+    type=click.Choice(["heun", "euler", "ancestral", "dpm", "consistency", "trajectory"]),
     help="Default the model's own; trajectory jumps, with networks that have a second time (CTM).",
 )
-@click.option("--gamma", type=float, help="Noise between jumps, from 0 (none) to 1; default the model's own.")
+@click.option("--gamma", type=float, help="Of trajectory: noise between jumps, from 0 (none) to 1; default the model's own.")
+@click.option("--eta", type=float, help="Of ancestral: noise after each step, from 0 (none) to 1, the default.")
+@click.option("--s-churn", type=float, help="Of heun and dpm: noise before each step; default 0, 40 for EDM's ImageNet-64.")
+@click.option("--s-tmin", type=float, help="Smallest noise level with churn; default 0.")
+@click.option("--s-tmax", type=float, help="Largest noise level with churn; default all.")
+@click.option("--s-noise", type=float, help="Deviation of that noise; default 1.")
+@click.option("--midpoint-rho", type=float, help="Of dpm: 3 as in the consistency models' code; default halfway in log sigma.")
 @click.option(
     "--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more."
 )

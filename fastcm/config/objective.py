@@ -108,7 +108,10 @@ class ICTObjectiveConfig(DiscreteObjectiveConfig):
 
 
 class PDObjectiveConfig(Section):
-    """Progressive distillation (arXiv 2202.00512): every stage halves the number of steps."""
+    """Progressive distillation (arXiv 2202.00512): every stage halves the number of steps.
+
+    Warm-up, decay and cool-down of the learning rate and the weight averages begin anew in every stage.
+    """
 
     kind: Literal["pd"]
     sigma_data: Annotated[float, Field(gt=0)] = 0.5

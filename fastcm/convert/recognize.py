@@ -66,6 +66,7 @@ def recognize(weights: Weights, options: Options, preset: Preset | None = None) 
     if not 1 <= plan.image_shape[0] <= MAX_CHANNELS or plan.image_shape[1] > LARGEST:
         raise CheckpointError(f"its images would be of (C, H, W) = {plan.image_shape}, which cannot be")
     _check_attributes(weights, plan)
+    _check_outputs(plan)
     told.check("label_dim", plan.label_dim, "its embedding of classes")
     told.check("resolution", plan.image_shape[1], "the names of its levels")
     if plan.sampling.sampler == "trajectory" and not second_time:
@@ -106,7 +107,7 @@ def _edm(weights: Weights, told: Told) -> Plan:
     second_time = facts.network.second_time
     why = "as CTM's are" if second_time else "as most networks under these names are"
     bare = BareDefaults("edm", 0.003, why)
-    known = weights.class_name or (TABLE_CLASS if table is not None else "")
+    known = weights.class_name or (TABLE_CLASS if table is not None or facts.network.out_channels else "")
     attributes = weights.attributes if weights.class_name else {} if table is None else {"M": table.numel() - 1}
     precond = preconditioner_of(told, known, attributes, bare)
     consistency = precond["kind"] == "edm_boundary"
@@ -256,3 +257,15 @@ def _check_attributes(weights: Weights, plan: Plan) -> None:
         said = weights.attributes.get(name, value) if weights.class_name in CLASSES else value
         if said != value:
             raise CheckpointError(f"its {weights.class_name} says {name} {said}, but its tensors are of {value}")
+
+
+def _check_outputs(plan: Plan) -> None:
+    """iDDPM's networks, and no others, give a variance beside the image (arXiv 2102.09672, section 3.1)."""
+    channels, kind = plan.image_shape[0], plan.preconditioner["kind"]
+    found = getattr(plan.network, "out_channels", 0) or channels
+    needed = 2 * channels if kind == "iddpm" else channels
+    if found != needed:
+        raise CheckpointError(
+            f"its network has {found} output channels for {channels} of the image, but under the preconditioner {kind} it "
+            f"would have {needed}; give another --preconditioner"
+        )

@@ -86,9 +86,12 @@ class Objective:
         """How many steps the network is made for after this many images; 0 where that is free."""
         return 0
 
-    def generation(self, images: int) -> int:
-        """How many times the student has become the teacher before this many images."""
-        return 0
+    def stage(self, images: int, duration_images: int) -> range:
+        """The images of a phase of duration_images, among them the next one, that have one teacher.
+
+        When a stage ends, the student becomes the teacher, and the optimizer, its schedule and the weight averages begin anew.
+        """
+        return range(duration_images)
 
     def loss(self, networks: Networks, batch: TrainingBatch, seed: int, schedule: dict[str, Tensor]) -> LossTerms:
         """The loss of each image of the batch."""

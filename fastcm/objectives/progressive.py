@@ -25,7 +25,8 @@ class ProgressiveDistillation(Objective):
     t = sigma_i and r = sigma_(i+1) are neighbours of Karras' grid with N steps, the teacher stops at sigma_(i+1/2) between
     them. Euler's step gives x_r = (r / t) x_t + (1 - r / t) D, so target = (x_r - (r / t) x_t) / (1 - r / t);
     arXiv 2202.00512, Algorithm 2, in the variables of arXiv 2206.00364. After each stage_images N is halved, down to
-    end_steps, and the student becomes the teacher. Raises ConfigError for a value that cannot work.
+    end_steps, the student becomes the teacher and the learning rate is annealed anew.
+    Raises ConfigError for a value that cannot work.
     """
 
     sigma_data: float = 0.5
@@ -50,20 +51,25 @@ class ProgressiveDistillation(Objective):
                 f"expected 1 <= end_steps <= start_steps and stage_images above 0, got {self.end_steps}, "
                 f"{self.start_steps} and {self.stage_images}"
             )
-        halvings = self.generation(self.stage_images * self.start_steps)
-        if self.end_steps << halvings != self.start_steps:
+        if self.end_steps << self._halvings(self.stage_images * self.start_steps) != self.start_steps:
             raise ConfigError(f"start_steps {self.start_steps} halved any number of times is never end_steps {self.end_steps}")
         object.__setattr__(self, "precond", EDM(self.sigma_data))
         object.__setattr__(self, "grid", Grid(self.sigma_min, self.sigma_max, self.rho))
 
-    def generation(self, images: int) -> int:
-        """How often N has been halved."""
-        possible = (self.start_steps // self.end_steps).bit_length() - 1
-        return min(images // self.stage_images, possible)
+    def _halvings(self, images: int) -> int:
+        """How often N has been halved after this many images."""
+        return min(images // self.stage_images, (self.start_steps // self.end_steps).bit_length() - 1)
+
+    def stage(self, images: int, duration_images: int) -> range:
+        """The images with one N; the last N is trained to the end of the phase."""
+        first = self._halvings(images) * self.stage_images
+        following = first + self.stage_images
+        is_last = self._halvings(following) == self._halvings(first)
+        return range(first, duration_images if is_last else min(following, duration_images))
 
     def sampling_steps(self, images: int) -> int:
         """N."""
-        return self.start_steps >> self.generation(images)
+        return self.start_steps >> self._halvings(images)
 
     def schedule(self, images: int) -> dict[str, float]:
         """{"num_steps": N} of the student's grid after this many images of the phase."""

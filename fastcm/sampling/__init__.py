@@ -2,8 +2,10 @@
 
 from fastcm.sampling.ablation import Ablation, sample_ablation
 from fastcm.sampling.accelerate import AcceleratedModel, accelerate
+from fastcm.sampling.ancestral import sample_ancestral
 from fastcm.sampling.classifier import Classifier, ClassifierGuided, sample_with_rejection
 from fastcm.sampling.consistency import consistency_sigmas, sample_consistency
+from fastcm.sampling.dpm import sample_dpm
 from fastcm.sampling.edm import sample_euler, sample_heun
 from fastcm.sampling.generate import sample
 from fastcm.sampling.guidance import Guided
@@ -22,7 +24,9 @@ __all__ = [
     "consistency_sigmas",
     "sample",
     "sample_ablation",
+    "sample_ancestral",
     "sample_consistency",
+    "sample_dpm",
     "sample_euler",
     "sample_heun",
     "sample_trajectory",

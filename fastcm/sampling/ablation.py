@@ -26,8 +26,8 @@ from fastcm.diffusion.noise_schedules import (
 )
 from fastcm.diffusion.preconditioners import IDDPM
 from fastcm.errors import ConfigError
+from fastcm.sampling.churn import Churn
 from fastcm.sampling.common import Callback, Denoiser, NoiseSource, clip_range, denoise, report, round_sigmas, start
-from fastcm.sampling.edm import added_deviation, churn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +113,13 @@ class _Flow:
         denoised = denoise(self.model, x / scale, sigma, self.labels)
         return (growth + self.scaling.log_derivative(t)) * x - growth * scale * denoised, denoised
 
-    def raise_noise(self, x: Tensor, t: Tensor, t_hat: Tensor, s_noise: float, noise: Tensor | None) -> Tensor:
+    def raise_noise(self, x: Tensor, t: Tensor, t_hat: Tensor, churn: Churn, noise: Tensor | None) -> Tensor:
         """x moved from t to t_hat by fresh noise."""
         scale_hat = self.scaling.scale(t_hat)
         x = scale_hat / self.scaling.scale(t) * x
         if noise is None:
             return x
-        return x + added_deviation(self.schedule.sigma(t), self.schedule.sigma(t_hat)) * scale_hat * s_noise * noise.double()
+        return x + churn.deviation(self.schedule.sigma(t), self.schedule.sigma(t_hat)) * scale_hat * noise.double()
 
 
 @torch.no_grad()
@@ -145,6 +145,7 @@ def sample_ablation(
     x: unit normal noise times sigmas[0], as for every sampler (the signal scaling is applied here). sigmas: usually
     ``options.sigmas(num_steps, model)``. Arguments and errors otherwise as in ``sample_heun``.
     """
+    churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     x, sigmas = start(x, sigmas, noise, needs_noise=s_churn > 0)
     schedule, scaling = options.curves(model)
     flow = _Flow(model, labels, schedule, scaling)
@@ -154,9 +155,9 @@ def sample_ablation(
     for i in range(num_steps):
         t, t_next = t_steps[i], t_steps[i + 1]
         sigma = schedule.sigma(t)
-        sigma_hat = round_sigmas(model, sigma * (1 + churn(sigma, num_steps, s_churn, s_tmin, s_tmax)))
+        sigma_hat = churn.sigma_hat(model, sigma, num_steps)
         t_hat = schedule.inverse(sigma_hat)
-        x = flow.raise_noise(x, t, t_hat, s_noise, noise(i) if s_churn > 0 else None)
+        x = flow.raise_noise(x, t, t_hat, churn, noise(i) if s_churn > 0 else None)
         h = t_next - t_hat
         slope, denoised = flow.slope(x, t_hat)
         report(callback, i, x, sigma, sigma_hat, denoised)

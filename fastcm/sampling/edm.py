@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from fastcm.sampling.churn import Churn
 from fastcm.sampling.common import Callback, Denoiser, NoiseSource, denoise, report, round_sigmas, start
-
-MAX_CHURN = math.sqrt(2) - 1
 
 
 @torch.no_grad()
@@ -28,22 +27,18 @@ def sample_heun(
 ) -> Float64[Tensor, "N C H W"]:
     """Walk down the noise levels by Heun's second-order method: 2 S - 1 network evaluations for S levels above 0.
 
-    Each step raises sigma_i to sigma_hat = sigma_i (1 + gamma) with noise of standard deviation s_noise, then solves
-    dx / dsigma = (x - D(x; sigma)) / sigma to sigma_(i+1); gamma = min(s_churn / S, sqrt(2) - 1) for sigma_i in
-    [s_tmin, s_tmax], else 0. arXiv 2206.00364, Algorithm 2 (Algorithm 1 at s_churn = 0).
+    Each step raises sigma_i to sigma_hat with fresh noise, see ``Churn``, then solves
+    dx / dsigma = (x - D(x; sigma)) / sigma to sigma_(i+1). arXiv 2206.00364, Algorithm 2 (Algorithm 1 at s_churn = 0).
 
     x: unit normal noise times sigmas[0]. sigmas: descending, the last one 0. noise: needed for s_churn > 0.
-    Raises ConfigError for a grid or noise that is missing.
+    Raises ConfigError for a grid or noise that is missing, and for s_churn, s_tmin, s_tmax, s_noise that cannot work.
     """
+    churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     x, sigmas = start(x, sigmas, noise, needs_noise=s_churn > 0)
     sigmas = round_sigmas(model, sigmas)
     num_steps = len(sigmas) - 1
-    for i in range(num_steps):
-        sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        gamma = churn(sigma, num_steps, s_churn, s_tmin, s_tmax)
-        sigma_hat = round_sigmas(model, sigma * (1 + gamma))
-        if s_churn > 0:
-            x = x + added_deviation(sigma, sigma_hat) * s_noise * noise(i).double()
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        x, sigma_hat = churn.raise_noise(model, x, sigma, num_steps, noise, i)
         denoised = denoise(model, x, sigma_hat, labels)
         report(callback, i, x, sigma, sigma_hat, denoised)
         slope = (x - denoised) / sigma_hat
@@ -77,14 +72,3 @@ def sample_euler(
         report(callback, i, x, sigma, sigma, denoised)
         x = x + (sigma_next - sigma) * (x - denoised) / sigma
     return x
-
-
-def churn(sigma: Float64[Tensor, ""], num_steps: int, s_churn: float, s_tmin: float, s_tmax: float) -> Float64[Tensor, ""]:
-    """gamma_i, the relative rise of the noise level before a step, chosen on the device; arXiv 2206.00364, Algorithm 2."""
-    gamma = min(s_churn / num_steps, MAX_CHURN)
-    return gamma * ((sigma >= s_tmin) & (sigma <= s_tmax)).to(sigma.dtype)
-
-
-def added_deviation(sigma: Float64[Tensor, ""], sigma_hat: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
-    """sqrt(sigma_hat^2 - sigma^2), 0 where rounding brought sigma_hat below sigma."""
-    return (sigma_hat**2 - sigma**2).clamp(min=0).sqrt()

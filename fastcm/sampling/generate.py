@@ -1,9 +1,9 @@
 """Images from a model, a seed and a number of steps: the same images in batches of any size."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
@@ -13,18 +13,44 @@ from fastcm.diffusion.noise_schedules import karras_sigmas
 from fastcm.errors import ConfigError
 from fastcm.model import Model, SamplingDefaults
 from fastcm.random import Stream
+from fastcm.sampling.ancestral import sample_ancestral
 from fastcm.sampling.common import NoiseSource, clip_range, round_sigmas
 from fastcm.sampling.consistency import TWO_STEP_SIGMA, consistency_sigmas, sample_consistency
+from fastcm.sampling.dpm import sample_dpm
 from fastcm.sampling.edm import sample_euler, sample_heun
 from fastcm.sampling.trajectory import sample_trajectory
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "heun": sample_heun,
-    "euler": sample_euler,
-    "consistency": sample_consistency,
-    "trajectory": sample_trajectory,
+
+class SamplerOptions(TypedDict, total=False):
+    """The constants of the samplers; None is as good as leaving one out."""
+
+    s_churn: float | None
+    s_tmin: float | None
+    s_tmax: float | None
+    s_noise: float | None
+    midpoint_rho: float | None
+    eta: float | None
+    gamma: float | None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler as ``sample`` knows it: its function, its usual number of steps, which of ``SamplerOptions`` it takes."""
+
+    run: Callable[..., Tensor]
+    steps: int
+    options: tuple[str, ...] = ()
+
+
+CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+SAMPLERS = {
+    "heun": Sampler(sample_heun, 18, CHURN),
+    "euler": Sampler(sample_euler, 18),
+    "ancestral": Sampler(sample_ancestral, 18, ("eta",)),
+    "dpm": Sampler(sample_dpm, 18, (*CHURN, "midpoint_rho")),
+    "consistency": Sampler(sample_consistency, 2),
+    "trajectory": Sampler(sample_trajectory, 2, ("gamma",)),
 }
-DEFAULT_STEPS = {"heun": 18, "euler": 18, "consistency": 2, "trajectory": 2}
 
 
 def sample(
@@ -35,45 +61,41 @@ def sample(
     *,
     labels: int | Int64[Tensor, " num"] | Float[Tensor, "num L"] | None = None,
     batch_size: int = 256,
-    sampler: Literal["heun", "euler", "consistency", "trajectory"] | None = None,
-    gamma: float | None = None,
+    sampler: Literal["heun", "euler", "ancestral", "dpm", "consistency", "trajectory"] | None = None,
     mid_sigmas: Sequence[float] | None = None,
     index_offset: int | Int64[Tensor, " num"] = 0,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     rho: float | None = None,
+    **options: Unpack[SamplerOptions],
 ) -> Float32[Tensor, "num C H W"]:
     """``num`` images in about [-1, 1], fp32, on the model's device.
 
     Image j has the global index index_offset + j, or index_offset[j]; its latent, step noise and random label depend on that,
     on the seed and on nothing else. sampler: the model's own (``model.sampling``) unless given; "trajectory" jumps and needs a
-    network with a second time, whose denoiser alone the others take. steps: "heun" makes 2 steps - 1 network evaluations, the
-    others steps; by default the model's own number, or 18, and 2 for "consistency" and "trajectory".
+    network with a second time, whose denoiser alone the others take. steps: "heun" and "dpm" make 2 steps - 1 network
+    evaluations, the others steps; by default the model's own number, or 18, and 2 for "consistency" and "trajectory".
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
-    class-conditional model. gamma: of "trajectory", 0 for deterministic jumps to 1 for noise up to every level, see
-    ``sample_trajectory``; by default the model's own. mid_sigmas: noise levels between the steps; those of "consistency" are by
+    class-conditional model. mid_sigmas: noise levels between the steps; those of "consistency" are by
     default the model's own or lead to its last, see ``consistency_sigmas``, those of "trajectory" the model's own or Karras'.
     sigma_min, sigma_max, rho: of the Karras grid (arXiv 2206.00364, Eq. 5), by default the model's own, clipped to its
     range; "trajectory" and "euler" end at its sigma_min, with steps + 1 levels.
+    options: constants of the sampler's function, by default its own: s_churn, s_tmin, s_tmax, s_noise of "heun" and "dpm",
+    midpoint_rho of "dpm", eta of "ancestral", gamma of "trajectory" (by default the model's own).
     Raises ConfigError for arguments that cannot work.
     """
     sampler = model.sampling.sampler if sampler is None else sampler
-    _check(num, batch_size, sampler, mid_sigmas, gamma)
+    _check(num, batch_size, sampler, mid_sigmas)
+    run = _with_options(sampler, options, model.sampling)
     if steps is None:
-        steps = (model.sampling.steps if sampler == model.sampling.sampler else 0) or DEFAULT_STEPS[sampler]
+        steps = (model.sampling.steps if sampler == model.sampling.sampler else 0) or SAMPLERS[sampler].steps
     device = next(model.parameters()).device
-    given = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    form = replace(model.sampling, **{name: value for name, value in given.items() if value is not None})
+    form = replace(model.sampling, **_given({"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}))
     sigmas = _grid(model, sampler, steps, mid_sigmas, form)
     index = _global_indices(num, index_offset, device)
     labels = choose_labels(labels, index, seed, model.label_dim)
     indices = index.split(batch_size)
     per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
-    run = SAMPLERS[sampler]
-    if sampler == "consistency":
-        run = partial(run, sigma_min=model.sampling.renoise_sigma_min)
-    elif sampler == "trajectory":
-        run = partial(run, gamma=model.sampling.gamma if gamma is None else gamma)
     return torch.cat([_sample(model, run, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
 
 
@@ -156,12 +178,26 @@ def _sample(
     return sampler(model, x, sigmas, labels=labels, noise=noise).float()
 
 
-def _check(num: int, batch_size: int, sampler: str, mid_sigmas: Sequence[float] | None, gamma: float | None) -> None:
+def _check(num: int, batch_size: int, sampler: str, mid_sigmas: Sequence[float] | None) -> None:
     if num < 1 or batch_size < 1:
         raise ConfigError(f"num and batch_size must be at least 1, got {num} and {batch_size}")
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if gamma is not None and sampler != "trajectory":
-        raise ConfigError(f"gamma: the {sampler} sampler has none, only trajectory has; leave it out")
     if mid_sigmas is not None and sampler not in ("consistency", "trajectory"):
         raise ConfigError(f"mid_sigmas: the {sampler} sampler has no intermediate levels to choose; leave them out")
+
+
+def _with_options(sampler: str, options: Mapping[str, float | None], own: SamplingDefaults) -> Callable[..., Tensor]:
+    """The sampler's function with its constants: the given ones, then the model's own."""
+    given = _given(options)
+    for name in given:
+        if name not in SAMPLERS[sampler].options:
+            others = [other for other, entry in SAMPLERS.items() if name in entry.options]
+            place = f"it belongs to {' and '.join(others)}" if others else "nor has any other"
+            raise ConfigError(f"{name}: the {sampler} sampler has no such option, {place}; leave it out")
+    defaults = {"consistency": {"sigma_min": own.renoise_sigma_min}, "trajectory": {"gamma": own.gamma}}
+    return partial(SAMPLERS[sampler].run, **{**defaults.get(sampler, {}), **given})
+
+
+def _given(options: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -115,6 +115,11 @@ class Phase:
         """Whether the phase has seen its images."""
         return self.images >= self.settings.duration_images
 
+    @property
+    def stage(self) -> range:
+        """The images of the phase that the optimizer and its schedules count: all, or those with the present teacher."""
+        return self.objective.stage(self.images, self.settings.duration_images)
+
     def start(self, previous: Mapping[str, Tensor] | None) -> None:
         """Fill the weights in as the phase's ``init`` says; ``previous`` are the averaged weights of the phase before."""
         self.model.net.init_weights(self.config.seed)
@@ -143,7 +148,7 @@ class Phase:
     def step(self) -> None:
         """Gradient of one batch, optimizer step, weight averages, meter; nothing waits for the device."""
         size = self.settings.batch_size
-        if self.objective.generation(self.images) != self.objective.generation(max(self.images - size, 0)):
+        if self.stage.start > max(self.images - size, 0):
             self._promote_student()
         first_image = self.first_image + self.images
         batch = self.loader.batch(first_image)
@@ -169,7 +174,7 @@ class Phase:
     def _ema_betas(self) -> Tensor:
         """The decay of each average in the next step."""
         size = self.settings.batch_size
-        betas = [ema_beta(ema, self.images, size) for ema in self.settings.emas.values()]
+        betas = [ema_beta(ema, self.images - self.stage.start, size) for ema in self.settings.emas.values()]
         halflife = self.objective.target_halflife(self.images)
         return torch.stack([self._scalar(beta) for beta in betas + ([] if halflife is None else [0.5 ** (size / halflife)])])
 
@@ -180,7 +185,7 @@ class Phase:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
-        return learning_rate(self.settings.optimizer, self.images, self.settings.duration_images)
+        return learning_rate(self.settings.optimizer, self.images - self.stage.start, len(self.stage))
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """Parameters of the first weight average, and the buffers: what sampling uses and the next phase starts from."""

@@ -1,4 +1,4 @@
-"""Learning rate and EMA decay as pure functions of the images seen in a phase."""
+"""Learning rate and EMA decay as pure functions of the images seen in a phase, or in a stage of one."""
 
 import math
 
