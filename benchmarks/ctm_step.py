@@ -100,7 +100,7 @@ class OurStep:
             "target": torch.no_grad()(lambda: self.step._target_image(self.networks, draws.x_t, jumps, None)),
             "estimate": lambda: self.through_student(draws, jumps.t_N, jumps.s_N, False),
             "denoising": lambda: self.through_student(draws, draws.dsm_sigma, draws.dsm_sigma, True),
-            "distance": lambda: differentiate(self.step._distance(estimate, images, jumps)),
+            "distance": lambda: differentiate(self.step._distance(estimate, images, jumps, draws.batch.index)),
             "generator loss": lambda: differentiate(self.phase.adversary.generator_loss(estimate, None, draws.batch.index)),
             "generator's step without adversary": lambda: self.generator_step(draws, False),
             "generator's step": lambda: self.generator_step(draws, True),

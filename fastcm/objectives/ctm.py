@@ -20,7 +20,7 @@ from fastcm.errors import ConfigError
 from fastcm.model import Model
 from fastcm.objectives.base import Networks, Objective
 from fastcm.objectives.consistency import ode_step
-from fastcm.objectives.distances import ALL_DISTANCES, distance_between
+from fastcm.objectives.distances import ALL_DISTANCES, PERCEPTUAL, distance_between
 from fastcm.random import Stream
 
 INNER = {"edm": EDM, "edm_boundary": EDMBoundary}
@@ -111,9 +111,9 @@ class CTM(Objective):
         return self.x_u == "teacher"
 
     @property
-    def needs_perceptual(self) -> bool:
-        """Whether the distance is that of a feature network."""
-        return self.distance == "lpips"
+    def perceptual(self) -> str | None:
+        """The distance where that is by frozen networks."""
+        return self.distance if self.distance in PERCEPTUAL else None
 
     @property
     def trajectory(self) -> Trajectory:
@@ -191,9 +191,11 @@ class CTM(Objective):
         estimate_NCHW: Float[Tensor, "N C H W"],
         target_NCHW: Float[Tensor, "N C H W"],
         jumps: Jumps,
+        index_N: Int64[Tensor, " N"],
     ) -> Float[Tensor, " N"]:
         """The weighted distance of each estimate to its target; Eq. 10."""
-        distance_N = distance_between(self.distance, estimate_NCHW, target_NCHW, self.c, networks.perceptual)
+        images = (estimate_NCHW, target_NCHW)
+        distance_N = distance_between(self.distance, *images, self.c, networks.perceptual, index_N)
         return self.weight_of(jumps) * distance_N
 
     def jumped_to(self, jumps: Jumps) -> Float[Tensor, " N"]:

@@ -10,11 +10,9 @@ from torch import Tensor
 from fastcm.config import FeaturesConfig, GANConfig
 from fastcm.diffusion.adversarial import discriminator_hinge, generator_hinge
 from fastcm.errors import ConfigError
-from fastcm.io.feature_files import load_feature_network
 from fastcm.nn.diff_augment import DiffAugment
 from fastcm.nn.discriminator import ProjectedDiscriminator
-from fastcm.nn.projection import ProjectedFeatures
-from fastcm.train.networks import DTYPES
+from fastcm.train.networks import projected_features
 from fastcm.train.optimizer import Optimizer
 from fastcm.train.schedules import learning_rate
 
@@ -36,11 +34,7 @@ class Adversary:
             raise ConfigError("gan.conditional is true, but the network has no classes: set data.conditional, or leave it out")
         self.config, self.seed = config, seed
         self.start = first_image + config.start_images
-        networks = {
-            name: load_feature_network(name, source, size=features.size, dtype=DTYPES[features.dtype], seed=seed)
-            for name, source in features.discriminator.items()
-        }
-        projected = {name: ProjectedFeatures(net, scale_kernel=config.scale_kernel) for name, net in networks.items()}
+        projected = projected_features(features.discriminator, features, seed, config.scale_kernel)
         self.label_dim = label_dim if config.conditional else 0
         augment = DiffAugment() if config.augment else None
         options = {"label_dim": self.label_dim, "width": config.width, "norm": config.norm, "augment": augment}

@@ -162,7 +162,7 @@ class CTMStep:
         with functorch_config.patch(donated_buffer=False):
             estimate_NCHW = self._estimate(features, layer, at_t, jumps, batch.labels)
             image_NCHW = estimate_NCHW.detach().requires_grad_()
-            loss_N = self._distance(image_NCHW, target_NCHW, jumps)
+            loss_N = self._distance(image_NCHW, target_NCHW, jumps, batch.index)
             slopes = [torch.autograd.grad(loss_N.mean(), image_NCHW)[0]]
             if adversarial:
                 gan_N = self.adversary.generator_loss(image_NCHW, batch.labels, batch.index)
