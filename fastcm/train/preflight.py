@@ -137,9 +137,11 @@ def _check_bundle(path: Path, needed: BundleHeader) -> None:
 def _architecture(found: BundleHeader, needed: BundleHeader) -> dict[str, tuple[Any, Any]]:
     """What each network has for every key of its configuration.
 
-    A log variance that is not needed may be given up, and a second time that is not there yet may be added.
+    A log variance that is not needed may be given up, and a second time that is not there yet may be added; how that begins
+    is of no account.
     """
     pairs = {f"network.{key}": (found.network.get(key), value) for key, value in needed.network.items()}
+    pairs.pop("network.second_time_init", None)
     if not needed.network.get("logvar_channels"):
         pairs.pop("network.logvar_channels", None)
     if needed.network.get("second_time") and not found.network.get("second_time"):
