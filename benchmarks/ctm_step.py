@@ -62,7 +62,7 @@ class OurStep:
 
     def __init__(self, phase: Phase) -> None:
         self.phase, self.step, self.networks = phase, phase.gradient, phase.networks
-        self.layer = list(phase.model.net.head.parameters())
+        self.layer = list(phase.model.net.tail().parameters())
 
     def generator_step(self, draws: Draws, adversarial: bool) -> Tensor:
         """The student's gradient; the consistency loss of each image."""

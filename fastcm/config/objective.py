@@ -165,6 +165,7 @@ class CTMObjectiveConfig(Section):
     weight: Literal["uniform", "edm", "snr", "snr_plus_one", "truncated_snr", "uniform_g"] = "uniform"
     dsm: Literal["adaptive", "fixed", "none"] = "adaptive"  # weight of the denoising loss
     dsm_weight: Annotated[float, Field(ge=0)] = 1.0
+    adaptive_layer: Literal["head", "block"] = "head"  # whose gradients give adaptive weights; block: its second convolution
     p_mean: float = -1.2
     p_std: Annotated[float, Field(gt=0)] = 1.2
     dsm_place: Annotated[float, Field(gt=0, le=1)] = 0.7
