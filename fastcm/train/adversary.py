@@ -24,11 +24,19 @@ class Adversary:
 
     From ``config.start_images`` of the phase on, one step in every ``config.period`` is the generator's, the first of them,
     and the others are the discriminator's. Images are counted globally, from ``first_image`` of the phase.
+    compiled: whether torch.compile wraps the two losses, that of the generator and that of the discriminator.
     Raises ConfigError or CheckpointError for feature networks without weights, ConfigError for classes that are not there.
     """
 
     def __init__(
-        self, config: GANConfig, features: FeaturesConfig, label_dim: int, seed: int, first_image: int, device: torch.device
+        self,
+        config: GANConfig,
+        features: FeaturesConfig,
+        label_dim: int,
+        seed: int,
+        first_image: int,
+        device: torch.device,
+        compiled: bool = False,
     ) -> None:
         if config.conditional and not label_dim:
             raise ConfigError("gan.conditional is true, but the network has no classes: set data.conditional, or leave it out")
@@ -41,6 +49,10 @@ class Adversary:
         self.discriminator = ProjectedDiscriminator(projected, **options).init_weights(seed).to(device)
         opt = config.optimizer
         self.optimizer = Optimizer(dict(self.discriminator.heads.named_parameters()), opt.kind, opt.betas, opt.eps)
+        losses = self._plain_generator_loss, self._plain_discriminator_loss
+        self._generator_loss, self._discriminator_loss = (
+            torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss for loss in losses
+        )
         self.totals = torch.zeros(2 * len(METERS), dtype=torch.float64, device=device)
 
     def active(self, image: int) -> bool:
@@ -56,7 +68,7 @@ class Adversary:
     ) -> Float[Tensor, " N"]:
         """What the generator loses for each of its images; the discriminator gets no gradient."""
         self.discriminator.heads.requires_grad_(False)
-        loss_N = generator_hinge(self._logits(fake_NCHW, labels, index_N, fake=True))
+        loss_N = self._generator_loss(fake_NCHW, labels, index_N)
         self._count("generator_loss", loss_N)
         return loss_N
 
@@ -70,8 +82,7 @@ class Adversary:
     ) -> None:
         """Add the discriminator's gradient on these images, times their share of the batch."""
         self.discriminator.heads.requires_grad_(True)
-        real_NK = self._logits(real_NCHW, labels, index_N, fake=False)
-        loss_N = discriminator_hinge(real_NK, self._logits(fake_NCHW.detach(), labels, index_N, fake=True))
+        loss_N = self._discriminator_loss(real_NCHW, fake_NCHW.detach(), labels, index_N)
         (share * loss_N.mean()).backward()
         self._count("discriminator_loss", loss_N)
 
@@ -84,6 +95,13 @@ class Adversary:
         lr = learning_rate(self.config.optimizer, images - before, duration_images - before)
         finite, _ = self.optimizer.step(torch.full((), lr, device=self.totals.device))
         self.discriminator.constrain_weights(finite)
+
+    def _plain_generator_loss(self, fake_NCHW: Tensor, labels: Tensor | None, index_N: Tensor) -> Tensor:
+        return generator_hinge(self._logits(fake_NCHW, labels, index_N, fake=True))
+
+    def _plain_discriminator_loss(self, real_NCHW: Tensor, fake_NCHW: Tensor, labels: Tensor | None, index_N: Tensor) -> Tensor:
+        real_NK = self._logits(real_NCHW, labels, index_N, fake=False)
+        return discriminator_hinge(real_NK, self._logits(fake_NCHW, labels, index_N, fake=True))
 
     def _logits(self, images_NCHW: Tensor, labels: Tensor | None, index_N: Tensor, fake: bool) -> Tensor:
         different = fake and self.config.different_augment

@@ -87,7 +87,8 @@ class Phase:
         gan = getattr(self.settings.objective, "gan", None)
         if gan is None:
             return None
-        return Adversary(gan, self.config.features, self.header.label_dim, self.config.seed, self.first_image, self.device)
+        common = (self.config.features, self.header.label_dim, self.config.seed, self.first_image, self.device)
+        return Adversary(gan, *common, compile_step(self.config, self.device))
 
     def _build_gradient(self, compiled: bool) -> GradientStep | CTMStep:
         options = (self.networks, self.objective, self.config.seed, self.settings.microbatch_size, compiled)
