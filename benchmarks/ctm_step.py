@@ -62,7 +62,7 @@ class OurStep:
 
     def __init__(self, phase: Phase) -> None:
         self.phase, self.step, self.networks = phase, phase.gradient, phase.networks
-        self.layer = list(phase.model.net.head.parameters())
+        self.layer = list(phase.model.net.tail().parameters())
 
     def generator_step(self, draws: Draws, adversarial: bool) -> Tensor:
         """The student's gradient; the consistency loss of each image."""
@@ -101,7 +101,7 @@ class OurStep:
             "target": lambda: self.step.target(draws.x_t, jumps, None),
             "estimate": lambda: self.through_student(draws, jumps.t_N, jumps.s_N, False),
             "denoising": lambda: self.through_student(draws, draws.dsm_sigma, draws.dsm_sigma, True),
-            "distance": lambda: differentiate(self.step._distance(estimate, images, jumps)),
+            "distance": lambda: differentiate(self.step._distance(estimate, images, jumps, draws.batch.index)),
             "generator loss": lambda: differentiate(self.phase.adversary.generator_loss(estimate, None, draws.batch.index)),
             "generator's step without adversary": lambda: self.generator_step(draws, False),
             "generator's step": lambda: self.generator_step(draws, True),

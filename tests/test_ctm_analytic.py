@@ -89,7 +89,10 @@ class Known(nn.Module):
             self.head.weight.fill_(1)
             self.head.bias.fill_(0)
 
-    def trunk(self, x, c_noise, second, labels=None):
+    def tail(self, cut):
+        return self.head
+
+    def trunk(self, x, c_noise, second, labels=None, cut="head"):
         t, s = ((4 * value.double()).exp() for value in (c_noise, second))
         c_skip, c_out, c_in, _ = (per_image(value) for value in self.objective.precond.scalings(t))
         t, s = per_image(t), per_image(s)

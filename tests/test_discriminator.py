@@ -13,7 +13,7 @@ from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.feature_files import load_feature_network
 from fastcm.nn.diff_augment import DiffAugment
 from fastcm.nn.discriminator import Head, ProjectedDiscriminator, SpectralConv
-from fastcm.nn.features import FeatureDistance, FeatureNetwork, MapShape, map_distance
+from fastcm.nn.features import FeatureNetwork, MapShape
 from fastcm.nn.projection import ProjectedFeatures, RandomProjection, init_layers
 from fastcm.random import Stream
 
@@ -112,19 +112,11 @@ def test_wrong_files_networks_and_packages_are_explained(networks, tmp_path, mon
         load_feature_network(CNN, "")
     with pytest.raises(ConfigError, match=r"timm has no feature network 'resnet_18'.*near: "):
         FeatureNetwork("resnet_18")
+    with pytest.raises(ConfigError, match="patches of 16 pixels, which do not divide a side of 100"):
+        FeatureNetwork(VIT, size=100)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"pip install fastcm\[features\]"):
         FeatureNetwork(CNN)
-
-
-def test_feature_distance_adds_up_over_networks(networks):
-    x, y = images(2, 3, 32, 32), images(2, 3, 32, 32, draw=1)
-    x.requires_grad_(True)
-    distance = FeatureDistance(list(networks.values()))
-    parts = [map_distance(network(x), network(y)) for network in networks.values()]
-    torch.testing.assert_close(distance(x, y), parts[0] + parts[1])
-    distance(x, y).sum().backward()
-    assert x.grad.abs().max() > 0
 
 
 # Random projections.

@@ -21,5 +21,9 @@ class FeaturesConfig(Section):
     discriminator: dict[str, str] = Field(  # source of each network's weights, by timm's name
         {"deit_base_distilled_patch16_224": "", "tf_efficientnet_lite0": ""}, min_length=1
     )
+    distance: dict[str, str] = Field(  # the same for the distance "features"
+        {"deit_base_distilled_patch16_224": "", "tf_efficientnet_lite0": ""}, min_length=1
+    )
+    distance_augment: bool = True  # differentiable augmentation of the images that it compares
     size: Annotated[int, Field(ge=32)] = 224  # side of what they see
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of all feature networks; distances and logits stay fp32

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_serializer
+from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 
 from fastcm.config.section import Fraction, Positive, Section
 
@@ -38,8 +38,15 @@ class UNetConfig(Section):
     attn_resolutions: tuple[Positive, ...] = (16,)
     fourier_scale: Annotated[float, Field(gt=0)] = 16.0  # NCSN++ only; ECT uses 0.02
     second_time: bool = False  # a second time input, as trajectory models need
+    second_time_init: Literal["zero", "random"] = "zero"  # zero: no effect at first; random: as published for CTM
     out_channels: Annotated[int, Field(ge=0)] = 0  # 0 = those of the image; more are dropped (iDDPM's variance)
     overrides: FamilyOverrides = FamilyOverrides()
+
+    @model_validator(mode="after")
+    def _check_second_time(self) -> "UNetConfig":
+        if self.second_time_init != "zero" and not self.second_time:
+            raise ValueError(f"second_time_init is '{self.second_time_init}', but second_time is false: set it to true")
+        return self
 
 
 class EDM2Config(Section):

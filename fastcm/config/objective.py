@@ -69,7 +69,7 @@ class DiscreteObjectiveConfig(Section):
     p_std: Annotated[float, Field(gt=0)] = 2.0
     target: Literal["student", "fixed", "adaptive"] = "student"  # adaptive: half-life grows with the number of levels
     target_halflife_images: Annotated[float, Field(ge=0)] = 0.0  # of the average that is the target; needed where there is one
-    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips"] = "squared"
+    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips", "features"] = "squared"
     c: Annotated[float, Field(ge=0)] = 0.0  # pseudo-Huber constant
     weight: Weight = "uniform"
     mid_sigmas: MidSigmas = ()
@@ -101,7 +101,7 @@ class ICTObjectiveConfig(DiscreteObjectiveConfig):
     end_scales: Positive = 1280
     indices: Literal["uniform", "lognormal"] = "lognormal"
     target: Literal["student", "fixed", "adaptive"] = "student"
-    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips"] = "pseudo_huber"
+    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips", "features"] = "pseudo_huber"
     c: Annotated[float, Field(ge=0)] = 0.03
     weight: Weight = "inverse_gap"
     mid_sigmas: MidSigmas = (0.821,)
@@ -163,11 +163,12 @@ class CTMObjectiveConfig(Section):
     target_student: bool = True  # targets jump to s by the student's own weights, not by its average's
     estimate_level: Literal["s", "u"] = "s"
     target_halflife_images: Annotated[float, Field(gt=0)] = 177_360.0  # of the average that gives targets
-    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips"] = "lpips"
+    distance: Literal["l2", "squared", "pseudo_huber", "l1", "squared_32", "lpips", "features"] = "lpips"
     c: Annotated[float, Field(ge=0)] = 0.0
     weight: Literal["uniform", "edm", "snr", "snr_plus_one", "truncated_snr", "uniform_g"] = "uniform"
     dsm: Literal["adaptive", "fixed", "none"] = "adaptive"  # weight of the denoising loss
     dsm_weight: Annotated[float, Field(ge=0)] = 1.0
+    adaptive_layer: Literal["head", "block"] = "head"  # whose gradients give adaptive weights; block: its second convolution
     p_mean: float = -1.2
     p_std: Annotated[float, Field(gt=0)] = 1.2
     dsm_place: Annotated[float, Field(gt=0, le=1)] = 0.7

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastcm import ops
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.nn.families import Family
-from fastcm.nn.init import ZEROS
+from fastcm.nn.init import Init
 from fastcm.nn.layers import Conv, GroupNorm, Linear, Resample, StridedConv
 
 
@@ -28,8 +28,8 @@ class Block(nn.Module):
 
     mod adds affine(emb) before the norm, or scales by 1 + its first half and shifts by its second half after it
     (``family.adaptive_scale``); s = ``family.skip_scale``. ``resample`` changes the resolution in conv0 and in the
-    shortcut. ``site`` numbers this block among those of its network. With ``second_time`` there is an affine_s, zero at
-    first, whose output of the second embedding is added to that of affine; the network applies both for all its blocks.
+    shortcut. ``site`` numbers this block among those of its network. With ``second_init``, its first weights, there is
+    an affine_s whose output of the second embedding is added to that of affine; the network applies both for all its blocks.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Block(nn.Module):
         dropout: float = 0.0,
         resample: Literal["up", "down"] | None = None,
         num_heads: int = 0,
-        second_time: bool = False,
+        second_init: Init | None = None,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.norm0 = norm(in_channels)
         self.conv0 = Conv(in_channels, out_channels, 3, init.layer, scaling)
         self.affine = Linear(emb_channels, affine_channels, init.layer)
-        self.affine_s = Linear(emb_channels, affine_channels, ZEROS) if second_time else None
+        self.affine_s = None if second_init is None else Linear(emb_channels, affine_channels, second_init)
         self.norm1 = norm(out_channels)
         self.conv1 = Conv(out_channels, out_channels, 3, init.output)
 
@@ -73,12 +73,23 @@ class Block(nn.Module):
 
     def forward(self, x_NCHW: Float[Tensor, "N C H W"], context: Context) -> Float[Tensor, "N C2 H2 W2"]:
         """[N, in_channels, H, W] to [N, out_channels, H', W'] in the dtype of x."""
+        return self.second_half(*self.first_half(x_NCHW, context))
+
+    def first_half(
+        self, x_NCHW: Float[Tensor, "N C H W"], context: Context
+    ) -> tuple[Float[Tensor, "N C2 H2 W2"], Float[Tensor, "N C2 H2 W2"]]:
+        """The input of conv1, and skip(x)."""
         key = None if context.dropout is None else context.dropout.at(self.site)
         modulation = self._modulation(context.affine_NA[self.site])
         h = self.conv0(self.norm0(x_NCHW, silu=True), with_bias=False)
         h = self.norm1(h, silu=True, dropout=self.dropout, dropout_key=key, **modulation)
-        h = self.conv1(h) + (x_NCHW if self.skip is None else self.skip(x_NCHW))
-        return self._attend(self._scale(h))
+        return h, x_NCHW if self.skip is None else self.skip(x_NCHW)
+
+    def second_half(
+        self, h: Float[Tensor, "N C2 H2 W2"], shortcut_NCHW: Float[Tensor, "N C2 H2 W2"]
+    ) -> Float[Tensor, "N C2 H2 W2"]:
+        """The block's output of what ``first_half`` returns; depends on no condition."""
+        return self._attend(self._scale(self.conv1(h) + shortcut_NCHW))
 
     @property
     def affine_bias(self) -> Tensor:
@@ -100,6 +111,24 @@ class Block(nn.Module):
 
     def _scale(self, x_NCHW: Tensor) -> Tensor:
         return x_NCHW if self.skip_scale == 1 else x_NCHW * self.skip_scale
+
+
+class LastBlock(nn.Module):
+    """The end of a U-Net from conv1 of its last block on: head(silu(norm(second_half(h, shortcut)))).
+
+    Its parameters, conv1's first, are the network's own, those before conv1 not among them.
+    """
+
+    def __init__(self, block: Block, norm: GroupNorm, head: Conv) -> None:
+        super().__init__()
+        self.conv1 = block.conv1
+        self.attention = nn.ModuleList((block.norm2, block.qkv, block.proj) if block.num_heads else ())
+        self.norm, self.head = norm, head
+        self._second_half = block.second_half
+
+    def forward(self, features_NCHW: Float[Tensor, "N C2 H W"]) -> Float[Tensor, "N O H W"]:
+        """F of both results of the block's ``first_half``, side by side."""
+        return self.head(self.norm(self._second_half(*features_NCHW.chunk(2, dim=1)), silu=True))
 
 
 class PlainDown(StridedConv):

@@ -46,6 +46,7 @@ def _unet(config: UNetConfig, resolution: int, channels: int, **options: float) 
         attn_resolutions=config.attn_resolutions,
         fourier_scale=config.fourier_scale,
         second_time=config.second_time,
+        second_time_init=config.second_time_init,
         **options,
     )
 

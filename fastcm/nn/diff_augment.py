@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees; arXiv 2006.10738."""
+"""Differentiable augmentation of what feature networks see; arXiv 2006.10738."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,12 +37,12 @@ class DiffAugment:
     translation: float = 0.125
     cutout: float = 0.2
 
-    def draw(self, index_N: Int64[Tensor, " N"], seed: int, draw: int = 0) -> Draws:
-        """The random numbers of each global sample index, from Stream(seed, "diff_augment"); ``draw`` tells sets apart.
+    def draw(self, index_N: Int64[Tensor, " N"], seed: int, draw: int = 0, purpose: str = "diff_augment") -> Draws:
+        """The random numbers of each global sample index, from Stream(seed, purpose); ``draw`` tells sets apart.
 
         Real and generated images of one sample are augmented alike with one set, independently with two.
         """
-        u = Stream(seed, "diff_augment").uniform(index_N, (NUM_DRAWS,), draw)
+        u = Stream(seed, purpose).uniform(index_N, (NUM_DRAWS,), draw)
         return Draws(u[:, 0], u[:, 1], u[:, 2], u[:, 3:5], u[:, 5:7])
 
     def __call__(self, images_NCHW: Float[Tensor, "N C H W"], draws: Draws) -> Float[Tensor, "N C H W"]:

@@ -1,4 +1,4 @@
-"""Frozen feature networks of timm and distances of their feature maps."""
+"""Frozen feature networks of timm and the distance of two lists of feature maps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -99,24 +99,9 @@ class FeatureNetwork(Frozen):
         return self.model.forward_intermediates(x_NCHW, indices=self.indices, intermediates_only=True, stop_early=True)
 
 
-class FeatureDistance(Frozen):
-    """d(x, y) = sum over networks and maps of ``map_distance``, the distance "cnn_vit" of CTM's code.
-
-    Each network takes images to a list of feature maps. arXiv 2310.02279, section 3.
-    """
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, x_NCHW: Float[Tensor, "N C H W"], y_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
-        """The distance of each image to its target y, to which no gradient flows."""
-        return torch.stack([self._of_network(network, x_NCHW, y_NCHW) for network in self.networks]).sum(0)
-
-    def _of_network(self, network: nn.Module, x_NCHW: Tensor, y_NCHW: Tensor) -> Tensor:
-        with torch.no_grad():
-            targets = network(y_NCHW)
-        return map_distance(network(x_NCHW), targets)
+def check_feature_network(name: str, size: int) -> None:
+    """Raise the ConfigError that ``FeatureNetwork`` would, at no cost in memory."""
+    _choose_maps(_skeleton(name, size), name, size)
 
 
 def map_distance(x_maps: Maps, y_maps: Maps, weights: Sequence[Float[Tensor, " _"]] | None = None) -> Float[Tensor, " N"]:
@@ -188,6 +173,11 @@ def _choose_maps(model: Any, name: str, size: int) -> tuple[list[int], tuple[Map
     if len(info) < NUM_MAPS:
         raise ConfigError(f"the network '{name}' of timm has {len(info)} feature maps, {NUM_MAPS} are needed")
     if len({entry["reduction"] for entry in info}) == 1:
+        patch = info[0]["reduction"]
+        if size % patch:
+            raise ConfigError(
+                f"the network '{name}' of timm sees patches of {patch} pixels, which do not divide a side of {size}"
+            )
         indices = [len(info) * (part + 1) // NUM_MAPS - 1 for part in range(NUM_MAPS)]
     else:
         indices = list(range(len(info) - NUM_MAPS, len(info)))

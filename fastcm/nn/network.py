@@ -1,11 +1,15 @@
 """What models, objectives and the trainer ask of any raw network."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.nn.layers import init_weights
+
+Cut = Literal["head", "block"]
 
 
 class Network(nn.Module):
@@ -47,9 +51,18 @@ class Network(nn.Module):
         c_noise_N: Float[Tensor, " N"],
         second_N: Float[Tensor, " N"] | None = None,
         labels: Float[Tensor, "N L"] | None = None,
+        cut: Cut = "head",
     ) -> Float[Tensor, "N E H W"]:
-        """All but the last layer, for losses that weigh each other by their gradients there; head(trunk(...)) is F."""
-        raise ValueError(f"{type(self).__name__} does not give its last layer apart from the rest")
+        """The network up to a cut: tail(cut)(trunk(..., cut)) is F.
+
+        For losses that weigh each other by their gradients near the end: the cut lies before the last layer ("head"), or
+        before the last convolution of the last "block".
+        """
+        raise ValueError(f"{type(self).__name__} cannot be cut in two")
+
+    def tail(self, cut: Cut = "head") -> nn.Module:
+        """The network from a cut on, with its own parameters, the weight of the layer right after the cut first."""
+        raise ValueError(f"{type(self).__name__} cannot be cut in two")
 
     @torch.no_grad()
     def constrain_weights(self, finite: Float[Tensor, ""]) -> None:

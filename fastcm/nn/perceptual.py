@@ -1,13 +1,16 @@
-"""LPIPS, the learned perceptual distance of two images; arXiv 1801.03924."""
+"""Distances of two images by frozen networks: LPIPS (arXiv 1801.03924), and that of projected features (arXiv 2310.02279)."""
 
 import math
+from collections.abc import Sequence
 from typing import Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from fastcm.nn.diff_augment import DiffAugment
 from fastcm.nn.features import Frozen, Maps, map_distance, optional_package, random_weights, resize, three_colours
+from fastcm.nn.projection import ProjectedFeatures
 from fastcm.random import Stream
 
 # The last layers before each of VGG16's five poolings (relu1_2, relu2_2, relu3_3, relu4_3, relu5_3) and their channels.
@@ -74,6 +77,41 @@ class LPIPS(Frozen):
         with torch.no_grad():
             targets = self.features(y_NCHW)
         return map_distance(self.features(x_NCHW), targets, list(self.linear))
+
+
+class FeatureDistance(Frozen):
+    """d(x, y) = sum_network sum_l mean_hw sum_c (p^_lc(a(x)) - p^_lc(a(y)))^2 of images in [-1, 1]; "cnn_vit" of CTM's code.
+
+    p_l are the randomly projected maps of each network, p^_l the same normalised over their channels (``map_distance``), a one
+    random augmentation of both images, drawn anew for every network. arXiv 2310.02279, section 3; the projection of
+    arXiv 2202.00273 and the augmentation of arXiv 2006.10738 are those of the authors' discriminator.
+
+    Arguments: networks, with their projections drawn; seed of the augmentation; augment, None for none.
+    """
+
+    def __init__(self, networks: Sequence[ProjectedFeatures], seed: int = 0, augment: DiffAugment | None = None) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.seed, self.augment = seed, augment
+
+    def forward(
+        self, x_NCHW: Float[Tensor, "N C H W"], y_NCHW: Float[Tensor, "N C H W"], index_N: Int64[Tensor, " N"]
+    ) -> Float[Tensor, " N"]:
+        """The distance of each image x, a global sample index, to its target y, in fp32; no gradient flows to y.
+
+        The augmentation comes from Stream(seed, "distance_augment").
+        """
+        distances = []
+        for number, network in enumerate(self.networks):
+            with torch.no_grad():
+                targets = network(self._augmented(y_NCHW, index_N, number))
+            distances.append(map_distance(network(self._augmented(x_NCHW, index_N, number)), targets))
+        return torch.stack(distances).sum(0)
+
+    def _augmented(self, images_NCHW: Tensor, index_N: Tensor, number: int) -> Tensor:
+        if self.augment is None:
+            return images_NCHW
+        return self.augment(images_NCHW, self.augment.draw(index_N, self.seed, number, "distance_augment"))
 
 
 def _vgg16_features(replace_pooling: bool) -> nn.Sequential:

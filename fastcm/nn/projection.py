@@ -90,9 +90,9 @@ class ProjectedFeatures(Frozen):
         return self.projection.shapes
 
     @torch.no_grad()
-    def init_projection(self, seed: int) -> "ProjectedFeatures":
-        """Draw the projection from the streams "init/projection.<network>...": the same on every rank and after a resume."""
-        init_layers(self.projection, seed, f"projection.{self.network.name}")
+    def init_projection(self, seed: int, prefix: str = "projection") -> "ProjectedFeatures":
+        """Draw the projection from the streams "init/<prefix>.<network>...": the same on every rank and after a resume."""
+        init_layers(self.projection, seed, f"{prefix}.{self.network.name}")
         return self
 
     def forward(self, x_NCHW: Float[Tensor, "N C H W"]) -> Maps:

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastcm.kernels.philox import PhiloxKey
-from fastcm.nn.blocks import Block, Context, PlainDown, PlainUp
+from fastcm.nn.blocks import Block, Context, LastBlock, PlainDown, PlainUp
 from fastcm.nn.embeddings import FourierEmbedding, PositionalEmbedding
 from fastcm.nn.families import FAMILIES, Family
+from fastcm.nn.init import ZEROS
 from fastcm.nn.layers import Conv, ConvThenDown, GroupNorm, Linear, Resample, linear_of_all
-from fastcm.nn.network import Network, level_name, level_resolutions
+from fastcm.nn.network import Cut, Network, level_name, level_resolutions
 
 NEAREST = (1.0, 1.0)
 
@@ -27,7 +28,8 @@ class UNet(Network):
     at the bottom have one in any case). dropout: probability at the one site of each block, applied only when forward
     gets a key; at resolutions above dropout_max_resolution there is none (0: no such limit). label_dim, augment_dim:
     widths of the conditions, 0 for none. fourier_scale overrides the family's. second_time adds a second noise level
-    (arXiv 2310.02279: jump from t to s) that has no effect before training.
+    (arXiv 2310.02279: jump from t to s). second_time_init: whether each block's layer of its embedding begins at "zero", so
+    that it has no effect before training, or "random" like the one of the first time, as in the authors' code.
 
     Noise conditions are c_noise as a preconditioner gives it, in every family; ``Family.noise_scale`` is part of the network.
     Parameter names are those of the official EDM networks. Parameters are fp32 and NaN until ``init_weights`` or
@@ -53,6 +55,7 @@ class UNet(Network):
         dropout_max_resolution: int = 0,
         fourier_scale: float | None = None,
         second_time: bool = False,
+        second_time_init: Literal["zero", "random"] = "zero",
     ) -> None:
         super().__init__()
         self.family = _family(family)
@@ -65,6 +68,7 @@ class UNet(Network):
         self.attn_resolutions, self.second_time = frozenset(attn_resolutions), second_time
         self.dropout, self.dropout_max_resolution = dropout, dropout_max_resolution or img_resolution
         self.emb_channels = model_channels * channel_mult_emb
+        self._second_init = (ZEROS if second_time_init == "zero" else self.family.init.layer) if second_time else None
 
         self._build_embedding(model_channels * self.family.channel_mult_noise, fourier_scale)
         widths = [model_channels * mult for mult in channel_mult]
@@ -100,11 +104,19 @@ class UNet(Network):
         c_noise_N: Float[Tensor, " N"],
         second_N: Float[Tensor, " N"] | None = None,
         labels: Float[Tensor, "N L"] | None = None,
+        cut: Cut = "head",
     ) -> Float[Tensor, "N E H W"]:
-        """What ``head`` makes the output of: head(trunk(...)) is the network. Arguments as in ``forward``."""
+        """What ``tail`` makes the output of: tail(cut)(trunk(..., cut)) is the network. Arguments as in ``forward``."""
         if self.family.decoder == "skip":
             raise ValueError("every level of this network adds to its output (decoder 'skip'), so it has no single last layer")
-        return self._features(x_NCHW, c_noise_N, second_N, labels)[0]
+        if cut == "head":
+            return self._features(x_NCHW, c_noise_N, second_N, labels)[0]
+        last_NCHW, context, _ = self._before_last_block(x_NCHW, c_noise_N, second_N, labels)
+        return torch.cat(self._last_block.first_half(last_NCHW, context), dim=1)
+
+    def tail(self, cut: Cut = "head") -> nn.Module:
+        """The last layer, or with cut "block" what follows the input of the last block's conv1, see ``LastBlock``."""
+        return self.head if cut == "head" else LastBlock(self._last_block, self._last_norm, self.head)
 
     @property
     def head(self) -> Conv:
@@ -121,10 +133,24 @@ class UNet(Network):
         dropout: PhiloxKey | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The input of the last layer, and what lower levels add to its output, if they do."""
+        last_NCHW, context, image_NCHW = self._before_last_block(x_NCHW, c_noise_N, second_N, labels, augment, dropout)
+        return self._last_norm(self._last_block(last_NCHW, context), silu=True), image_NCHW
+
+    def _before_last_block(
+        self,
+        x_NCHW: Tensor,
+        c_noise_N: Tensor,
+        second_N: Tensor | None,
+        labels: Tensor | None,
+        augment: Tensor | None = None,
+        dropout: PhiloxKey | None = None,
+    ) -> tuple[Tensor, Context, Tensor | None]:
+        """The input of the last block, what blocks are told, and what lower levels add to the output, if they do."""
         self.check_inputs(x_NCHW, second_N, labels, augment)
         context = Context(self._project(*self.embed(c_noise_N, second_N, labels, augment)), dropout)
         x_NCHW, skips = self._encode(x_NCHW.contiguous(memory_format=torch.channels_last), context)
-        return self._decode(x_NCHW, skips, context)
+        last_NCHW, image_NCHW = self._decode(x_NCHW, skips, context)
+        return last_NCHW, context, image_NCHW
 
     def embed(
         self,
@@ -193,20 +219,25 @@ class UNet(Network):
         return x_NCHW, image_NCHW
 
     def _decode(self, x_NCHW: Tensor, skips: list[Tensor], context: Context) -> tuple[Tensor, Tensor | None]:
-        """From lowest to full resolution, up to the last layer."""
+        """From lowest to full resolution, up to the input of the last block."""
         image_NCHW = None
         for resolution in reversed(self.resolutions):
             entry = ("in0", "in1") if resolution == self.resolutions[-1] else ("up",)
             for kind in entry:
                 x_NCHW = self.dec[level_name(resolution, kind)](x_NCHW, context)
-            for index in range(self.num_blocks + 1):
-                x_NCHW = torch.cat([x_NCHW, skips.pop()], dim=1)
-                x_NCHW = self.dec[level_name(resolution, f"block{index}")](x_NCHW, context)
             if image_NCHW is not None:
                 image_NCHW = self.dec[level_name(resolution, "aux_up")](image_NCHW)
+            for index in range(self.num_blocks + 1):
+                x_NCHW = torch.cat([x_NCHW, skips.pop()], dim=1)
+                block = self.dec[level_name(resolution, f"block{index}")]
+                x_NCHW = x_NCHW if block is self._last_block else block(x_NCHW, context)
             if self.family.decoder == "skip" and resolution != self.resolutions[0]:
                 image_NCHW = _plus(self._image_of(resolution, x_NCHW), image_NCHW)
-        return self._last_norm(x_NCHW, silu=True), image_NCHW
+        return x_NCHW, image_NCHW
+
+    @property
+    def _last_block(self) -> Block:
+        return self.dec[level_name(self.resolutions[0], f"block{self.num_blocks}")]
 
     @property
     def _last_norm(self) -> GroupNorm:
@@ -313,7 +344,7 @@ class UNet(Network):
             dropout=self.dropout if resolution <= self.dropout_max_resolution else 0.0,
             resample=resample,
             num_heads=num_heads,
-            second_time=self.second_time,
+            second_init=self._second_init,
         )
 
     def _resampler(self, resolution: int, channels: int, direction: Literal["up", "down"]) -> nn.Module:

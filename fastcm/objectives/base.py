@@ -48,7 +48,7 @@ class Networks(NamedTuple):
     """The networks of a training step: the student that learns, and what an objective says that it needs besides.
 
     target: a moving average of the student that gives the targets of consistency losses. teacher: a frozen diffusion model.
-    perceptual: the distance of two batches of images, (x, y) to [N].
+    perceptual: the distance of two batches of images, see ``image_distance``.
     """
 
     student: Model
@@ -67,7 +67,7 @@ class Objective:
     precond: Preconditioner  # to train with
     trajectory: Trajectory = Trajectory()  # how jumps are made of a network with a second time
     needs_teacher: bool = False
-    needs_perceptual: bool = False
+    perceptual: str | None = None  # the distance by frozen networks that is measured with
 
     @property
     def sampling_precond(self) -> Preconditioner:

@@ -130,7 +130,7 @@ def pair_loss(
         D_r = denoised(at_r, F_r)
         if pair.boundary_N is not None:
             D_r = torch.where(per_image(pair.boundary_N), batch.images, D_r)
-        return weight_N * image_distance(distance, denoised(at_t, F_t), D_r, perceptual)
+        return weight_N * image_distance(distance, denoised(at_t, F_t), D_r, perceptual, batch.index)
     return ops.consistency_loss(
         F_t,
         at_t.x_NCHW,

@@ -20,7 +20,7 @@ from fastcm.errors import ConfigError
 from fastcm.model import Model
 from fastcm.objectives.base import Networks, Objective
 from fastcm.objectives.consistency import ode_step
-from fastcm.objectives.distances import ALL_DISTANCES, distance_between
+from fastcm.objectives.distances import ALL_DISTANCES, PERCEPTUAL, distance_between
 from fastcm.random import Stream
 
 INNER = {"edm": EDM, "edm_boundary": EDMBoundary}
@@ -56,7 +56,8 @@ class CTM(Objective):
     1 / (1 - s / t). target_halflife_images: of the moving average.
     dsm: whether the denoising loss is weighed by the ratio of the two gradients of the last layer ("adaptive", Eq. 14), by
     dsm_weight ("fixed"), or left out ("none"). Its noise levels are lognormal (p_mean, p_std) for every second image, for the
-    others at uniform places of the upper dsm_place of the grid.
+    others at uniform places of the upper dsm_place of the grid. adaptive_layer: the student's layer whose gradients weigh the
+    losses against each other: the last one ("head"), or the second convolution of the last "block", see ``Network.trunk``.
     Raises ConfigError for a value that cannot work.
     """
 
@@ -78,6 +79,7 @@ class CTM(Objective):
     target_halflife_images: float = 177_360.0
     dsm: Literal["adaptive", "fixed", "none"] = "adaptive"
     dsm_weight: float = 1.0
+    adaptive_layer: Literal["head", "block"] = "head"
     p_mean: float = -1.2
     p_std: float = 1.2
     dsm_place: float = 0.7
@@ -89,7 +91,7 @@ class CTM(Objective):
     def __post_init__(self) -> None:
         weights = {*WEIGHTS, "uniform_g"} - {"inverse_gap"}
         choices = {"x_u": X_U, "inner": INNER, "outer": OUTER, "distance": ALL_DISTANCES, "weight": weights}
-        choices |= {"dsm": DSM_WEIGHTS, "estimate_level": ("s", "u")}
+        choices |= {"dsm": DSM_WEIGHTS, "estimate_level": ("s", "u"), "adaptive_layer": ("head", "block")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: expected one of {', '.join(sorted(known))}, got {getattr(self, name)!r}")
@@ -111,9 +113,9 @@ class CTM(Objective):
         return self.x_u == "teacher"
 
     @property
-    def needs_perceptual(self) -> bool:
-        """Whether the distance is that of a feature network."""
-        return self.distance == "lpips"
+    def perceptual(self) -> str | None:
+        """The distance where that is by frozen networks."""
+        return self.distance if self.distance in PERCEPTUAL else None
 
     @property
     def trajectory(self) -> Trajectory:
@@ -191,9 +193,11 @@ class CTM(Objective):
         estimate_NCHW: Float[Tensor, "N C H W"],
         target_NCHW: Float[Tensor, "N C H W"],
         jumps: Jumps,
+        index_N: Int64[Tensor, " N"],
     ) -> Float[Tensor, " N"]:
         """The weighted distance of each estimate to its target; Eq. 10."""
-        distance_N = distance_between(self.distance, estimate_NCHW, target_NCHW, self.c, networks.perceptual)
+        images = (estimate_NCHW, target_NCHW)
+        distance_N = distance_between(self.distance, *images, self.c, networks.perceptual, index_N)
         return self.weight_of(jumps) * distance_N
 
     def jumped_to(self, jumps: Jumps) -> Float[Tensor, " N"]:

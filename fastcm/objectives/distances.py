@@ -1,13 +1,14 @@
 """Distances of two images that look at more than the sum of squares, which ``ops.consistency_loss`` takes care of."""
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.consistency_loss.reference import distance_of, sum_of_squares
 
-IMAGE_DISTANCES = ("l1", "squared_32", "lpips")
+PERCEPTUAL = ("lpips", "features")  # by frozen networks
+IMAGE_DISTANCES = ("l1", "squared_32", *PERCEPTUAL)
 ALL_DISTANCES = (*DISTANCES, *IMAGE_DISTANCES)
 
 
@@ -16,11 +17,13 @@ def image_distance(
     x_NCHW: Float[Tensor, "N C H W"],
     y_NCHW: Float[Tensor, "N C H W"],
     perceptual: nn.Module | None = None,
+    index_N: Int64[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
     """The distance of each image to its target.
 
-    "l1" sum |x - y| over pixels; "squared_32" sum of squares after bilinear resizing to 32x32; "lpips" the ``perceptual``
-    distance (arXiv 1801.03924) of images in [-1, 1]. arXiv 2303.01469, section 6.1.
+    "l1" sum |x - y| over pixels; "squared_32" sum of squares after bilinear resizing to 32x32; "lpips" (arXiv 1801.03924) and
+    "features" (arXiv 2310.02279) the ``perceptual`` distance of images in [-1, 1], the latter augmented by their global
+    sample index. arXiv 2303.01469, section 6.1.
     Raises ValueError for an unknown distance or a missing feature network.
     """
     if distance == "l1":
@@ -28,11 +31,11 @@ def image_distance(
     if distance == "squared_32":
         x_NCHW, y_NCHW = (F.interpolate(image, size=32, mode="bilinear") for image in (x_NCHW, y_NCHW))
         return (x_NCHW - y_NCHW).square().flatten(1).sum(1)
-    if distance != "lpips":
+    if distance not in PERCEPTUAL:
         raise ValueError(f"unknown distance {distance!r}; choose one of {', '.join(ALL_DISTANCES)}")
     if perceptual is None:
-        raise ValueError("the lpips distance needs a feature network; give one as networks.perceptual")
-    return perceptual(x_NCHW, y_NCHW)
+        raise ValueError(f"the distance {distance} needs a feature network; give one as networks.perceptual")
+    return perceptual(x_NCHW, y_NCHW) if distance == "lpips" else perceptual(x_NCHW, y_NCHW, index_N)
 
 
 def distance_between(
@@ -41,8 +44,9 @@ def distance_between(
     y_NCHW: Float[Tensor, "N C H W"],
     c: float = 0.0,
     perceptual: nn.Module | None = None,
+    index_N: Int64[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Any distance of two images that are there already; those of ``ops.consistency_loss`` in plain PyTorch."""
     if distance in DISTANCES:
         return distance_of(sum_of_squares(x_NCHW - y_NCHW), distance, c)
-    return image_distance(distance, x_NCHW, y_NCHW, perceptual)
+    return image_distance(distance, x_NCHW, y_NCHW, perceptual, index_N)

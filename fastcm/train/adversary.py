@@ -10,11 +10,9 @@ from torch import Tensor
 from fastcm.config import FeaturesConfig, GANConfig
 from fastcm.diffusion.adversarial import discriminator_hinge, generator_hinge
 from fastcm.errors import ConfigError
-from fastcm.io.feature_files import load_feature_network
 from fastcm.nn.diff_augment import DiffAugment
 from fastcm.nn.discriminator import ProjectedDiscriminator
-from fastcm.nn.projection import ProjectedFeatures
-from fastcm.train.networks import DTYPES
+from fastcm.train.networks import projected_features
 from fastcm.train.optimizer import Optimizer
 from fastcm.train.schedules import learning_rate
 
@@ -26,27 +24,35 @@ class Adversary:
 
     From ``config.start_images`` of the phase on, one step in every ``config.period`` is the generator's, the first of them,
     and the others are the discriminator's. Images are counted globally, from ``first_image`` of the phase.
+    compiled: whether torch.compile wraps the two losses, that of the generator and that of the discriminator.
     Raises ConfigError or CheckpointError for feature networks without weights, ConfigError for classes that are not there.
     """
 
     def __init__(
-        self, config: GANConfig, features: FeaturesConfig, label_dim: int, seed: int, first_image: int, device: torch.device
+        self,
+        config: GANConfig,
+        features: FeaturesConfig,
+        label_dim: int,
+        seed: int,
+        first_image: int,
+        device: torch.device,
+        compiled: bool = False,
     ) -> None:
         if config.conditional and not label_dim:
             raise ConfigError("gan.conditional is true, but the network has no classes: set data.conditional, or leave it out")
         self.config, self.seed = config, seed
         self.start = first_image + config.start_images
-        networks = {
-            name: load_feature_network(name, source, size=features.size, dtype=DTYPES[features.dtype], seed=seed)
-            for name, source in features.discriminator.items()
-        }
-        projected = {name: ProjectedFeatures(net, scale_kernel=config.scale_kernel) for name, net in networks.items()}
+        projected = projected_features(features.discriminator, features, seed, config.scale_kernel)
         self.label_dim = label_dim if config.conditional else 0
         augment = DiffAugment() if config.augment else None
         options = {"label_dim": self.label_dim, "width": config.width, "norm": config.norm, "augment": augment}
         self.discriminator = ProjectedDiscriminator(projected, **options).init_weights(seed).to(device)
         opt = config.optimizer
         self.optimizer = Optimizer(dict(self.discriminator.heads.named_parameters()), opt.kind, opt.betas, opt.eps)
+        losses = self._plain_generator_loss, self._plain_discriminator_loss
+        self._generator_loss, self._discriminator_loss = (
+            torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss for loss in losses
+        )
         self.totals = torch.zeros(2 * len(METERS), dtype=torch.float64, device=device)
 
     def active(self, image: int) -> bool:
@@ -62,7 +68,7 @@ class Adversary:
     ) -> Float[Tensor, " N"]:
         """What the generator loses for each of its images; the discriminator gets no gradient."""
         self.discriminator.heads.requires_grad_(False)
-        loss_N = generator_hinge(self._logits(fake_NCHW, labels, index_N, fake=True))
+        loss_N = self._generator_loss(fake_NCHW, labels, index_N)
         self._count("generator_loss", loss_N)
         return loss_N
 
@@ -76,8 +82,7 @@ class Adversary:
     ) -> None:
         """Add the discriminator's gradient on these images, times their share of the batch."""
         self.discriminator.heads.requires_grad_(True)
-        real_NK = self._logits(real_NCHW, labels, index_N, fake=False)
-        loss_N = discriminator_hinge(real_NK, self._logits(fake_NCHW.detach(), labels, index_N, fake=True))
+        loss_N = self._discriminator_loss(real_NCHW, fake_NCHW.detach(), labels, index_N)
         (share * loss_N.mean()).backward()
         self._count("discriminator_loss", loss_N)
 
@@ -90,6 +95,13 @@ class Adversary:
         """One step of the discriminator's optimizer with the gradients accumulated; one that is not finite changes nothing."""
         finite, _ = self.optimizer.step(lr)
         self.discriminator.constrain_weights(finite)
+
+    def _plain_generator_loss(self, fake_NCHW: Tensor, labels: Tensor | None, index_N: Tensor) -> Tensor:
+        return generator_hinge(self._logits(fake_NCHW, labels, index_N, fake=True))
+
+    def _plain_discriminator_loss(self, real_NCHW: Tensor, fake_NCHW: Tensor, labels: Tensor | None, index_N: Tensor) -> Tensor:
+        real_NK = self._logits(real_NCHW, labels, index_N, fake=False)
+        return discriminator_hinge(real_NK, self._logits(fake_NCHW, labels, index_N, fake=True))
 
     def _logits(self, images_NCHW: Tensor, labels: Tensor | None, index_N: Tensor, fake: bool) -> Tensor:
         different = fake and self.config.different_augment

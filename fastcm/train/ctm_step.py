@@ -1,9 +1,9 @@
 """The gradient of CTM's losses, each network passed through as often as the mathematics asks and not once more.
 
-The two losses weigh each other by their gradients at the last layer (arXiv 2310.02279, Eq. 14). So the student is cut there:
-both losses are differentiated down to its input, which gives the layer's own gradients on the way; the weighted sum then goes
-through the rest of the student once, both losses' images in one batch. Written literally, each ratio costs further backward
-passes through the frozen average.
+The two losses weigh each other by their gradients at the last layer (arXiv 2310.02279, Eq. 14). So the student is cut before
+it: both losses are differentiated down to the cut, which gives the gradients of what follows, the tail, on the way; the
+weighted sum then goes through the rest of the student once, both losses' images in one batch. Written literally, each ratio
+costs further backward passes through the frozen average.
 """
 
 from collections.abc import Callable, Mapping
@@ -63,7 +63,7 @@ class Work(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradient of a loss by the parameters of the last layer, weight first, and by its input."""
+    """The gradient of a loss by the parameters of the tail, the weight of its first layer first, and by its input."""
 
     layer: list[Tensor]
     features: Tensor
@@ -94,6 +94,7 @@ class CTMStep:
     ) -> None:
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
         self.adversary = adversary
+        self._tail = networks.student.net.tail(objective.adaptive_layer)
         # A graph of its own, replayed k times: one recording serves every number of solver steps.
         self._solver_step = graphed(partial(_compiled(objective.solver_step, compiled), networks.teacher), recorder)
         self._self_jump = graphed(_compiled(self._plain_self_jump, compiled), recorder)
@@ -137,7 +138,7 @@ class CTMStep:
         """The estimates, as the discriminator sees them."""
         at_t = self._noised(batch, jumps.t_N, noise_key(batch, self.seed))
         features = self._features([at_t], [self._second(self.objective.jumped_to(jumps))], batch.labels)
-        return self._estimate(features, list(self.networks.student.net.head.parameters()), at_t, jumps, batch.labels)
+        return self._estimate(features, list(self._tail.parameters()), at_t, jumps, batch.labels)
 
     @torch.no_grad()
     def task(
@@ -167,7 +168,7 @@ class CTMStep:
             second.append(task.at_sigma.scalings.c_noise)
         features = self._features(points, second, batch.labels)
         leaves = [part.detach().requires_grad_() for part in features.split(len(batch.images))]
-        layer = list(self.networks.student.net.head.parameters())
+        layer = list(self._tail.parameters())
         loss_N, ctm, gan = self._differentiate(leaves[0], layer, at_t, target_NCHW, jumps, batch, adversarial)
         total = ctm if gan is None else ctm.plus(gan, self._gan_factor(ctm, gan))
         by_layer, by_features = total
@@ -191,13 +192,13 @@ class CTMStep:
         batch: TrainingBatch,
         adversarial: bool,
     ) -> tuple[Tensor, Gradients, Gradients | None]:
-        """Consistency loss per image, its gradients at the last layer, and those of the generator loss if there is one."""
+        """Consistency loss per image, its gradients from the cut on, and those of the generator loss if there is one."""
         # A compiled estimate must bear to be differentiated twice, which donated buffers do not. Always: what was compiled for
         # the stage or the run before serves in this one, and Inductor's cache on disk does not tell the two apart.
         with functorch_config.patch(donated_buffer=False):
             estimate_NCHW = self._estimate(features, layer, at_t, jumps, batch.labels)
             image_NCHW = estimate_NCHW.detach().requires_grad_()
-            loss_N = self._distance(image_NCHW, target_NCHW, jumps)
+            loss_N = self._distance(image_NCHW, target_NCHW, jumps, batch.index)
             slopes = [torch.autograd.grad(loss_N.mean(), image_NCHW)[0]]
             if adversarial:
                 gan_N = self.adversary.generator_loss(image_NCHW, batch.labels, batch.index)
@@ -225,7 +226,7 @@ class CTMStep:
         return student.precond.scalings(student.trajectory.second_level(s_N)).c_noise
 
     def _features(self, points: list[Noised], second: list[Tensor], labels: Tensor | None) -> Tensor:
-        """The student's features before its last layer for all points in one batch."""
+        """The student's features at the cut for all points in one batch."""
         input_NCHW = torch.cat([point.input_NCHW for point in points])
         c_noise_N = torch.cat([point.scalings.c_noise for point in points])
         labels = None if labels is None else labels.repeat(len(points), 1)
@@ -240,7 +241,7 @@ class CTMStep:
         return self.networks.target.jump(x_NCHW, t_N, u_N, labels)
 
     def _plain_trunk(self, input_NCHW: Tensor, c_noise_N: Tensor, second_N: Tensor, labels: Tensor | None) -> Tensor:
-        return self.networks.student.net.trunk(input_NCHW, c_noise_N, second_N, labels)
+        return self.networks.student.net.trunk(input_NCHW, c_noise_N, second_N, labels, self.objective.adaptive_layer)
 
     def _plain_estimate(
         self, features: Tensor, layer: list[Tensor], at_t: Noised, jumps: Jumps, labels: Tensor | None
@@ -256,15 +257,14 @@ class CTMStep:
         return self.objective.denoising_loss(D_NCHW, clean_NCHW, at_sigma.sigma_N)
 
     def _inner(self, features: Tensor, layer: list[Tensor], point: Noised) -> Tensor:
-        """g = c_skip x + c_out F with F from the input of the last layer, through the layer's parameters as they are given."""
-        weight, bias = layer
-        head = self.networks.student.net.head
-        F_NCHW = torch.func.functional_call(head, {"weight": weight, "bias": bias}, (features,))
+        """g = c_skip x + c_out F with F from the features at the cut, through the tail's parameters as they are given."""
+        parameters = dict(zip(dict(self._tail.named_parameters()), layer, strict=True))
+        F_NCHW = torch.func.functional_call(self._tail, parameters, (features,))
         F_NCHW = F_NCHW[:, : self.networks.student.image_shape[0]].float()
         return per_image(point.scalings.c_skip) * point.x_NCHW + per_image(point.scalings.c_out) * F_NCHW
 
     def _dsm_factor(self, ctm: Gradients, dsm: Gradients) -> Tensor | float:
-        """lambda: fixed, or the ratio of the two gradients of the last layer's weight."""
+        """lambda: fixed, or the ratio of the two gradients of the weight right after the cut."""
         if self.objective.dsm == "fixed":
             return self.objective.dsm_weight
         return adaptive_weight(ctm.layer[0].norm(), dsm.layer[0].norm())

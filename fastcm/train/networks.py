@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from fastcm.config import FeaturesConfig, PhaseConfig
 from fastcm.errors import CheckpointError
 from fastcm.io.bundle import BundleHeader, load, model_from_header, read_bundle, resolve_bundle
-from fastcm.io.feature_files import load_lpips
+from fastcm.io.feature_files import load_feature_network, load_lpips
 from fastcm.io.tensors import copy_into
 from fastcm.model import Model
+from fastcm.nn.diff_augment import DiffAugment
 from fastcm.nn.layers import store_convolutions
-from fastcm.nn.perceptual import LPIPS
+from fastcm.nn.perceptual import LPIPS, FeatureDistance
+from fastcm.nn.projection import ProjectedFeatures
 from fastcm.train.optimizer import WeightAverage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,11 +59,28 @@ def teacher_model(settings: PhaseConfig, before: BundleHeader | None, dtype: tor
     return teacher
 
 
-def perceptual_distance(config: FeaturesConfig, seed: int, device: torch.device) -> LPIPS:
-    """The frozen LPIPS network that objectives measure distances with; raises ConfigError where it has no weights."""
+def perceptual_distance(distance: str, config: FeaturesConfig, seed: int, device: torch.device) -> LPIPS | FeatureDistance:
+    """The frozen networks that objectives measure the distance "lpips" or "features" with.
+
+    Raises ConfigError or CheckpointError where they have no weights.
+    """
+    if distance == "features":
+        networks = projected_features(config.distance, config, seed)
+        for network in networks.values():
+            network.init_projection(seed, "distance_projection")
+        return FeatureDistance(list(networks.values()), seed, DiffAugment() if config.distance_augment else None).to(device)
     pooling = {"resize": config.lpips_resize, "replace_pooling": config.lpips_replace_pooling}
     lpips = load_lpips(config.lpips, linear=config.lpips_linear, **pooling, dtype=DTYPES[config.dtype], seed=seed)
     return lpips.to(device)
+
+
+def projected_features(
+    sources: Mapping[str, str], config: FeaturesConfig, seed: int, scale_kernel: Literal[1, 3] = 1
+) -> dict[str, ProjectedFeatures]:
+    """Feature networks with weights from these sources and projections that are not drawn yet, by the networks' names."""
+    options = {"size": config.size, "dtype": DTYPES[config.dtype], "seed": seed}
+    networks = {name: load_feature_network(name, source, **options) for name, source in sources.items()}
+    return {name: ProjectedFeatures(network, scale_kernel=scale_kernel) for name, network in networks.items()}
 
 
 def copy_weights(net: torch.nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:

@@ -57,8 +57,8 @@ class Phase:
         parameters = dict(self.model.net.named_parameters())
         self.averages = {ema: WeightAverage(parameters) for ema in self.settings.emas}
         self.target_average = None if self.objective.target_halflife(0) is None else WeightAverage(parameters)
-        needs_perceptual = self.objective.needs_perceptual
-        perceptual = perceptual_distance(config.features, config.seed, device) if needs_perceptual else None
+        distance = self.objective.perceptual
+        perceptual = None if distance is None else perceptual_distance(distance, config.features, config.seed, device)
         self.networks = Networks(self.model, self._build_target(), self._build_teacher(data), perceptual)
         opt = self.settings.optimizer
         self.optimizer = Optimizer(parameters, opt.kind, opt.betas, opt.eps, averages=self._all_averages())
@@ -95,7 +95,8 @@ class Phase:
         gan = getattr(self.settings.objective, "gan", None)
         if gan is None:
             return None
-        return Adversary(gan, self.config.features, self.header.label_dim, self.config.seed, self.first_image, self.device)
+        common = (self.config.features, self.header.label_dim, self.config.seed, self.first_image, self.device)
+        return Adversary(gan, *common, compile_step(self.config, self.device))
 
     def _build_gradient(self, compiled: bool, recorder: Recorder | None) -> GradientStep | CTMStep:
         options = (self.networks, self.objective, self.config.seed, self.settings.microbatch_size, compiled)

@@ -10,6 +10,7 @@ from fastcm.config import Config, CTMObjectiveConfig, FeaturesConfig, PhaseConfi
 from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.bundle import BundleHeader, model_from_header, read_header, resolve_bundle
+from fastcm.nn.features import check_feature_network
 from fastcm.objectives import ProgressiveDistillation
 from fastcm.train.build import build_objective
 from fastcm.train.networks import teacher_source
@@ -49,19 +50,30 @@ def _check_needs(name: str, settings: PhaseConfig, features: FeaturesConfig, hea
             raise ConfigError(f"phases.{name}: CTM needs a network with a single last layer, not decoder 'skip'")
         if gan is not None and gan.conditional and not header.label_dim:
             raise ConfigError(f"phases.{name}: gan.conditional needs classes; set data.conditional to true")
-    if gan is not None and not all(features.discriminator.values()):
-        raise ConfigError(
-            f"phases.{name}: the discriminator's feature networks need weights; give each of features.discriminator a file "
-            "or 'download'"
-        )
-    _check_sources(features.discriminator if gan is not None else {}, "features.discriminator")
-    needs_perceptual = build_objective(settings.objective).needs_perceptual
-    if needs_perceptual and not features.lpips:
-        raise ConfigError(
-            f"phases.{name}: the distance lpips needs weights; set features.lpips to a file of VGG16 or to 'download', "
-            "or take another distance"
-        )
-    _check_sources({"lpips": features.lpips} if needs_perceptual else {}, "features")
+    if gan is not None:
+        _check_networks(name, "discriminator", features.discriminator, features.size)
+    distance = build_objective(settings.objective).perceptual
+    if distance == "features":
+        _check_networks(name, "distance", features.distance, features.size)
+    if distance == "lpips":
+        if not features.lpips:
+            raise ConfigError(
+                f"phases.{name}: the distance lpips needs weights; set features.lpips to a file of VGG16 or to 'download', "
+                "or take another distance"
+            )
+        _check_sources({"lpips": features.lpips}, "features")
+
+
+def _check_networks(phase: str, use: str, sources: Mapping[str, str], size: int) -> None:
+    """There are such feature networks for images of this size, and weights for them."""
+    for name, source in sources.items():
+        if not source:
+            raise ConfigError(
+                f"phases.{phase}: the feature network {name} of its {use} needs weights; set features.{use}.{name} to a file "
+                "or to 'download'"
+            )
+        check_feature_network(name, size)
+    _check_sources(sources, f"features.{use}")
 
 
 def _check_sources(sources: Mapping[str, str], section: str) -> None:
@@ -125,9 +137,11 @@ def _check_bundle(path: Path, needed: BundleHeader) -> None:
 def _architecture(found: BundleHeader, needed: BundleHeader) -> dict[str, tuple[Any, Any]]:
     """What each network has for every key of its configuration.
 
-    A log variance that is not needed may be given up, and a second time that is not there yet may be added.
+    A log variance that is not needed may be given up, and a second time that is not there yet may be added; how that begins
+    is of no account.
     """
     pairs = {f"network.{key}": (found.network.get(key), value) for key, value in needed.network.items()}
+    pairs.pop("network.second_time_init", None)
     if not needed.network.get("logvar_channels"):
         pairs.pop("network.logvar_channels", None)
     if needed.network.get("second_time") and not found.network.get("second_time"):
