@@ -36,12 +36,6 @@ CASES = {
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_device(monkeypatch):
-    # On a CPU the optimizer looks at numbers, which costs nothing there; a device must not be asked.
-    monkeypatch.setattr(reference, "on_cpu", lambda value: False)
-
-
 def config_of(case, device, **compute):
     """A phase of fresh weights, which are the teacher's, and the phase of the case."""
     optimizer = {"kind": "radam", "lr": 1e-3, "warmup_images": 2 * BATCH, "cooldown_images": 40 * BATCH}
@@ -65,6 +59,8 @@ def config_of(case, device, **compute):
 
 def phase_of(name, device, recorder, monkeypatch, **compute):
     monkeypatch.setattr(phase_module, "graph_recorder", lambda config, device: recorder)
+    # On a CPU the optimizer looks at numbers, which costs nothing there; a device must not be asked.
+    monkeypatch.setattr(reference, "on_cpu", lambda value: False)
     config, device = config_of(CASES[name], device, **compute), torch.device(device)
     data = load_resident(open_source("digits", "", labels=config.data.conditional), device=device)
     before = Phase(config, "before", data, device, 0)

@@ -77,7 +77,7 @@ class ComputeConfig(Section):
     """Where and in which precision to compute."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's torso; everything else stays fp32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the network's torso; everything else stays fp32
     tf32: bool = False  # TensorFloat-32 for fp32 convolutions and matrix products on CUDA
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = on CUDA only
     cuda_graph: Literal["auto", "on", "off"] = "auto"  # replay the whole step as one CUDA graph; auto = on CUDA

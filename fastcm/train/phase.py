@@ -24,6 +24,7 @@ from fastcm.objectives.ctm import Jumps
 from fastcm.train.adversary import Adversary
 from fastcm.train.build import build_objective, sampling_form
 from fastcm.train.ctm_step import CTMStep, Work
+from fastcm.train.loss_scale import LossScale
 from fastcm.train.networks import (
     DTYPES,
     bundle_weights,
@@ -67,6 +68,7 @@ class Phase:
         self.adversary = self._build_adversary()
         recorder = graph_recorder(config, device)
         self.gradient = self._build_gradient(compile_step(config, device), recorder)
+        self.loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         self.meter = LossMeter(device)
         # Each turn is one CUDA graph from its inputs to the last write of its state.
         self._learn = graphed(self._student_turn, recorder)
@@ -163,9 +165,12 @@ class Phase:
         self.images += size
 
     def _student_turn(self, prepared: Batch | Work, schedule: dict[str, Tensor], lr: Tensor, ema_betas: Tensor) -> None:
-        loss_N, sigma_N = self.gradient(prepared, schedule)
-        finite, norm = self.optimizer.step(lr, ema_betas)
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        loss_N, sigma_N = self.gradient(prepared, schedule, scale)
+        finite, norm = self.optimizer.step(lr, ema_betas, scale)
         self.model.net.constrain_weights(finite)
+        if self.loss_scale is not None:
+            self.loss_scale.update(finite)
         self.meter.add(loss_N, sigma_N, norm, finite)
 
     def _discriminator_turn(self, parts: list[tuple[Batch, Jumps]], lr: Tensor) -> None:
@@ -207,6 +212,8 @@ class Phase:
             state |= {f"target/{name}": value for name, value in self.target_average.averages.items()}
         if self.networks.teacher is not None:
             state |= {f"teacher/{name}": value for name, value in self.networks.teacher.net.state_dict().items()}
+        if self.loss_scale is not None:
+            state |= {f"loss_scale/{name}": value for name, value in self.loss_scale.tensors().items()}
         if self.adversary is not None:
             state |= {f"adversary/{name}": value for name, value in self.adversary.tensors().items()}
         return (

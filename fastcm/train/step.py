@@ -27,15 +27,23 @@ class GradientStep:
         """What a call takes of a batch, whose first image has this global number: here the batch itself."""
         return batch
 
-    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss and noise level of every sample, detached; nothing here depends on the host, so a CUDA graph can hold it."""
+    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and noise level of every sample, detached; nothing here depends on the host, so a CUDA graph can hold it.
+
+        loss_scale: factor on the gradient, 0-d.
+        """
         losses, sigmas = [], []
         for part in parts_of(batch, self.microbatch_size):
             loss_N, sigma_N = self._loss(part, schedule)
-            (loss_N.sum() / len(batch.index)).backward()
+            scaled(loss_N.sum() / len(batch.index), loss_scale).backward()
             losses.append(loss_N.detach())
             sigmas.append(sigma_N.detach())
         return torch.cat(losses), torch.cat(sigmas)
+
+
+def scaled(loss: Tensor, loss_scale: Tensor | None) -> Tensor:
+    """The loss times its scale, if it has one."""
+    return loss if loss_scale is None else loss_scale * loss
 
 
 def parts_of(batch: Batch, size: int) -> Iterator[Batch]:

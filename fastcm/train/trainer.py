@@ -142,6 +142,7 @@ class Trainer:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         values = {**phase.meter.read(), "learning_rate": phase.learning_rate, **phase.objective.schedule(phase.images)}
         values |= {} if phase.adversary is None else phase.adversary.read()
+        values |= {} if phase.loss_scale is None else {"loss_scale": phase.loss_scale.scale.item()}
         return values | ({} if memory is None else {"peak_memory_bytes": memory})
 
     def snapshot(self, phase: Phase) -> None:
@@ -170,7 +171,9 @@ class Trainer:
 
 
 def _require_progress(phase: Phase, values: Mapping[str, Any]) -> None:
-    if values["loss"] is None and values["skipped_steps"]:  # none of either: the discriminator had the whole interval
+    searching = values.get("loss_scale", 1.0) > 1.0  # for a loss scale at which gradients are finite
+    # None of either: the discriminator had the whole interval.
+    if values["loss"] is None and values["skipped_steps"] and not searching:
         raise FastcmError(
             f"training diverged: no finite step in the {values['skipped_steps']} before {phase.images} images of {phase.name}; "
             "the checkpoints are untouched: lower the learning rate and run it again"
