@@ -61,9 +61,7 @@ def _suits_two_pass(x_NCHW: Tensor) -> bool:
     return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 16
 
 
-def _native_norm(
-    x_NCHW: Tensor, num_groups: int, gain: Tensor, offset: Tensor, eps: float, addend_NC: Tensor | None
-) -> Tensor:
+def _native_norm(x_NCHW: Tensor, num_groups: int, gain: Tensor, offset: Tensor, eps: float, addend_NC: Tensor | None) -> Tensor:
     """PyTorch's own kernel: what torch.compile fuses best on CUDA."""
     x_NCHW = x_NCHW if addend_NC is None else x_NCHW + addend_NC[:, :, None, None]
     x_NCHW = x_NCHW.contiguous() if x_NCHW.device.type == "cpu" else x_NCHW
