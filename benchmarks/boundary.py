@@ -49,11 +49,11 @@ def main() -> None:
 
     medians = measure({"all_rows": all_rows, "fastcm": phase.step}, arguments.rounds)
     ratio = medians["all_rows"] / medians["fastcm"]
-    shown = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items())
-    print(f"{arguments.config}, q {arguments.q:g}: {shown}, ratio {ratio:.2f}")
+    facts = {"config": arguments.config, "batch_size": arguments.batch_size, "q": arguments.q, "torch": torch.__version__}
+    facts |= {"threads": torch.get_num_threads(), **medians, "ratio": ratio}
+    print(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()))
     if arguments.json:
-        facts = {"config": arguments.config, "batch_size": arguments.batch_size, "q": arguments.q, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({**facts, "threads": torch.get_num_threads(), **medians, "ratio": ratio}, indent=1))
+        arguments.json.write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

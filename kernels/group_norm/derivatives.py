@@ -89,8 +89,8 @@ def _normalise(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     addend_NC = None if call.addend_NC is None else call.addend_NC.to(dtype)
     if call.num_pixels > FEW_PIXELS or call.x_NCHW.numel() == 0:
         x_NPC = _pixels(call.x_NCHW, dtype)
-        z_NPC, mean_NC, _, rstd_NC = two_pass_forward(x_NPC, addend_NC, a_NC, b_NC, call.num_groups, call.eps)
-        return z_NPC, mean_NC[:, ::per_group].contiguous(), rstd_NC[:, ::per_group].contiguous()
+        z_NPC, mean_NC, _, rest_NC, rstd_NC = two_pass_forward(x_NPC, addend_NC, a_NC, b_NC, call.num_groups, call.eps)
+        return z_NPC, (mean_NC + rest_NC)[:, ::per_group].contiguous(), rstd_NC[:, ::per_group].contiguous()
     x_NCHW = call.x_NCHW.to(dtype) if addend_NC is None else call.x_NCHW.to(dtype) + addend_NC[:, :, None, None]
     sizes = (*x_NCHW.shape[:2], call.num_pixels, call.num_groups, call.eps)
     shared = len(a_NC) == len(b_NC) == 1

@@ -35,29 +35,33 @@ def two_pass_forward(
     offset: Float[Tensor, "... C"],
     num_groups: int,
     eps: float,
-) -> tuple[Float[Tensor, "N P C"], Float[Tensor, "N C"], Float[Tensor, "N P C"], Float[Tensor, "N C"]]:
-    """y and what the gradient needs: the mean, x + addend without it, 1 / standard deviation."""
+) -> tuple[Float[Tensor, "N P C"], Float[Tensor, "N C"], Float[Tensor, "N P C"], Float[Tensor, "N C"], Float[Tensor, "N C"]]:
+    """y and what the gradient needs: the rounded mean, x + addend without it, the rest of the mean, 1 / standard deviation."""
     mean_NC = x_NPC.mean(1)
     mean_NC = group_mean(mean_NC if addend_NC is None else mean_NC + addend_NC, num_groups)
     centred_NPC = x_NPC - (mean_NC if addend_NC is None else mean_NC - addend_NC)[:, None]
-    rstd_NC = (group_mean((centred_NPC * centred_NPC).mean(1), num_groups) + eps).rsqrt()
-    y_NPC = torch.addcmul(offset.unsqueeze(-2), centred_NPC, (rstd_NC * gain)[:, None])
-    return y_NPC, mean_NC, centred_NPC, rstd_NC
+    # A second look at the mean removes the rounding of the first; it costs no further pass that writes.
+    rest_NC = group_mean(centred_NPC.mean(1), num_groups)
+    variance_NC = group_mean((centred_NPC * centred_NPC).mean(1), num_groups) - rest_NC * rest_NC
+    rstd_NC = (variance_NC + eps).rsqrt()
+    slope_NC = rstd_NC * gain
+    y_NPC = torch.addcmul((offset - rest_NC * slope_NC)[:, None], centred_NPC, slope_NC[:, None])
+    return y_NPC, mean_NC, centred_NPC, rest_NC, rstd_NC
 
 
 class _TwoPassNorm(torch.autograd.Function):
     """The gradient in closed form from two sums per (sample, channel): B = sum_p dy, A = sum_p dy xh.
 
     dx = rstd (gain dy - m(gain B) / P - xh m(gain A) / P), m the mean over the channels of a group;
-    dgain = A, doffset = B, daddend = sum_p dx.
+    dgain = A, doffset = B, daddend = sum_p dx. xh is off by the rounding of the mean, as in PyTorch's own kernel.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_NCHW: Tensor, addend_NC: Tensor | None, gain: Tensor, offset: Tensor, num_groups: int, eps: float
     ) -> Tensor:
-        y_NPC, _, *saved = two_pass_forward(_pixels(x_NCHW), addend_NC, gain, offset, num_groups, eps)
-        ctx.save_for_backward(gain, *saved)
+        y_NPC, _, centred_NPC, _, rstd_NC = two_pass_forward(_pixels(x_NCHW), addend_NC, gain, offset, num_groups, eps)
+        ctx.save_for_backward(gain, centred_NPC, rstd_NC)
         ctx.num_groups, ctx.has_addend, ctx.offset_shape = num_groups, addend_NC is not None, offset.shape
         return _image(y_NPC, x_NCHW)
 
