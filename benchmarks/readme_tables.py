@@ -87,6 +87,12 @@ def cpu_step(results: Results) -> str:
     return table(("network, batch", *objectives), lines) + f"\n\n{files(results)}"
 
 
+def cpu_boundary(results: Results) -> str:
+    """How many times as fast a step is that leaves out the targets nobody reads."""
+    lines = [(f"`{r['config']}`, {r['batch_size']}", f"{r['q']:g}", f"{r['ratio']:.2f}") for _, r in results.values()]
+    return table(("network, batch", "q", "ECT"), lines) + f"\n\n{files(results)}"
+
+
 def gpu(results: Results) -> str:
     """Steps on each GPU that was measured."""
     blocks = []
@@ -117,6 +123,7 @@ TABLES = {
     "digits": Table("cpu-digits", digits),
     "ctm-digits": Table("cpu-ctm-digits", ctm_digits),
     "cpu-step": Table(r"cpu-step-\w+", cpu_step),
+    "cpu-boundary": Table(r"cpu-ect-boundary-[\w-]+", cpu_boundary),
     "cifar10-20min": Table(r"(?!smoke-)[\w-]+-cifar10-20min", cifar10_20min, "`cifar10_20min` has not run yet."),
     "gpu": Table(r"(?!cpu-|smoke-)[\w-]+(?<!-cifar10-20min)(?<!-sanitize)", gpu, "No number here was measured on a GPU yet."),
 }

@@ -12,6 +12,7 @@ from fastcm.data.sources import open_source
 from fastcm.errors import ConfigError
 from fastcm.graphs import WARMUP_CALLS, CudaRecorder
 from fastcm.kernels.optimizer import reference
+from fastcm.objectives import consistency
 from fastcm.train import phase as phase_module
 from fastcm.train.phase import Phase, graph_recorder
 
@@ -59,8 +60,9 @@ def config_of(case, device, **compute):
 
 def phase_of(name, device, recorder, monkeypatch, **compute):
     monkeypatch.setattr(phase_module, "graph_recorder", lambda config, device: recorder)
-    # On a CPU the optimizer looks at numbers, which costs nothing there; a device must not be asked.
-    monkeypatch.setattr(reference, "on_cpu", lambda value: False)
+    # On a CPU some look at numbers, which costs nothing there; a device must not be asked.
+    for module in (reference, consistency):
+        monkeypatch.setattr(module, "on_cpu", lambda value: False)
     config, device = config_of(CASES[name], device, **compute), torch.device(device)
     data = load_resident(open_source("digits", "", labels=config.data.conditional), device=device)
     before = Phase(config, "before", data, device, 0)

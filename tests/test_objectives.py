@@ -97,6 +97,12 @@ class Spy(nn.Module):
         return self.gain * x
 
 
+@pytest.fixture
+def all_rows(monkeypatch):
+    """Have the target work for the rows at the boundary too, as on a device whose values the host does not see."""
+    monkeypatch.setattr("fastcm.objectives.consistency.on_cpu", lambda value: False)
+
+
 @pytest.fixture(params=ALL)
 def objective(request):
     return ALL[request.param]
@@ -234,6 +240,7 @@ def test_rows_with_r_zero_are_compared_with_the_clean_image():
     assert not torch.isclose(terms.loss_N[~rows], (distance / terms.sigma_N)[~rows]).any()
 
 
+@pytest.mark.usefixtures("all_rows")
 def test_network_is_never_asked_for_noise_level_zero():
     spy, _, terms = boundary_case(ECT())
     student, target = spy.calls
@@ -271,6 +278,7 @@ def test_gradient_is_finite_where_student_equals_target(distance, c):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("all_rows")
 def test_student_and_target_share_their_dropout_masks():
     model, batch = tiny_model(dropout=0.5), tiny_batch()
     t, noise, key = torch.full((5,), 2.0), noise_key(batch, 1), dropout_key(batch, 1)
@@ -284,6 +292,27 @@ def test_student_and_target_share_their_dropout_masks():
     assert all(torch.equal(call["dropout"].index_N, batch.index) for call in spy.calls)
 
 
+@pytest.mark.parametrize("at_boundary", [[], [1, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("distance", ["l2", "l1"])
+def test_the_target_leaves_out_the_rows_at_the_boundary(at_boundary, distance, request):
+    """Labels and dropout masks of the rows that stay are their own: nothing changes but rounding."""
+    model, batch = tiny_model(dropout=0.5), tiny_batch()
+    t, key = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), dropout_key(batch, 1)
+    r = torch.where(torch.isin(torch.arange(5), torch.tensor(at_boundary)), 0, t / 2)
+    pair, seen = noise_pair(batch.images, noise_key(batch, 1), t, r, EDM()), []
+
+    def losses_of():
+        target = copy.deepcopy(model)
+        target.net.register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
+        return pair_loss(model, target, pair, batch, torch.ones(5), dropout=key, distance=distance)
+
+    found = losses_of()
+    request.getfixturevalue("all_rows")
+    torch.testing.assert_close(found, losses_of(), rtol=1e-5, atol=1e-6)
+    assert seen == [5 - len(at_boundary), 5] if len(at_boundary) < 5 else [5]
+
+
+@pytest.mark.usefixtures("all_rows")
 def test_both_evaluations_see_labels_and_augmentation():
     spy, batch = Spy(), replace(tiny_batch(), augment=torch.ones(5, 9))
     losses(ECT(), Model(spy, EDM(), SHAPE, 4), batch)

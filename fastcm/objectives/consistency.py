@@ -14,6 +14,7 @@ from fastcm import ops
 from fastcm.diffusion.preconditioners import Preconditioner, Scalings
 from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.philox import PhiloxKey
+from fastcm.kernels.runtime.host import on_cpu
 from fastcm.model import Model, per_image
 from fastcm.objectives.base import TrainingBatch
 from fastcm.objectives.distances import image_distance
@@ -118,14 +119,14 @@ def pair_loss(
 ) -> Float[Tensor, " N"]:
     """weight d(D_student(x_t; t), D_target(x_r; r)) per image, with the clean image as the target at the boundary.
 
-    The target has no gradient; student and target see the same dropout masks. Distances are those of
-    ``ops.consistency_loss`` and of ``image_distance``. arXiv 2303.01469, Eq. 7; arXiv 2406.14548.
+    The target has no gradient, and on the CPU no work where its output is not read; student and target see the same dropout
+    masks. Distances are those of ``ops.consistency_loss`` and of ``image_distance``. arXiv 2303.01469, Eq. 7; arXiv 2406.14548.
     """
     conditions = (batch.labels, batch.augment, dropout)
     at_t, at_r = pair.at_t, pair.at_r
     F_t = student.from_input(at_t.input_NCHW, at_t.scalings.c_noise, *conditions)
     with torch.no_grad():
-        F_r = target.from_input(at_r.input_NCHW, at_r.scalings.c_noise, *conditions)
+        F_r = _target_output(target, at_r, *conditions, pair.boundary_N)
     if distance not in DISTANCES:
         D_r = denoised(at_r, F_r)
         if pair.boundary_N is not None:
@@ -146,6 +147,29 @@ def pair_loss(
         distance=distance,
         c=c,
     )
+
+
+def _target_output(
+    target: Model,
+    point: Point,
+    labels: Tensor | None,
+    augment: Tensor | None,
+    dropout: PhiloxKey | None,
+    boundary_N: Tensor | None,
+) -> Tensor:
+    """What the target network makes of a point. Rows at the boundary are never read: where the host sees them they are 0.
+
+    Elsewhere the host would have to wait for the device to learn which they are, so the network works for all rows.
+    """
+    columns = (point.input_NCHW, point.scalings.c_noise, labels, augment)
+    if boundary_N is None or not on_cpu(boundary_N) or not boundary_N.any():
+        return target.from_input(*columns, dropout)
+    F_NCHW = torch.zeros_like(point.input_NCHW)
+    rows = boundary_N.logical_not().nonzero()[:, 0]
+    if len(rows):
+        key = None if dropout is None else dropout._replace(index_N=dropout.index_N[rows])
+        F_NCHW[rows] = target.from_input(*(None if column is None else column[rows] for column in columns), key)
+    return F_NCHW
 
 
 def denoised(point: Point, F_NCHW: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:

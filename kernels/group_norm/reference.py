@@ -37,14 +37,14 @@ def group_norm(
     bits(key)[n, e] >= round(dropout 2^32), and kept values are divided by 1 - dropout.
     """
     dtype = torch.promote_types(x_NCHW.dtype, torch.float32)
-    weight_1C, bias_1C = weight_C.to(dtype)[None], bias_C.to(dtype)[None]
+    gain, offset = weight_C.to(dtype), bias_C.to(dtype)  # [C], or [N, C] where samples differ
     addend_NC, scale_NC, shift_NC = (None if value is None else value.to(dtype) for value in (addend_NC, scale_NC, shift_NC))
     if scale_NC is not None:
-        weight_1C, bias_1C = weight_1C * (1 + scale_NC), bias_1C * (1 + scale_NC)
+        gain, offset = gain * (1 + scale_NC), offset * (1 + scale_NC)
     if shift_NC is not None:
-        bias_1C = bias_1C + shift_NC
+        offset = offset + shift_NC
     normalise = two_pass_norm if _suits_two_pass(x_NCHW) else _native_norm
-    y = normalise(x_NCHW.to(dtype), num_groups, weight_1C, bias_1C, eps, addend_NC)
+    y = normalise(x_NCHW.to(dtype), num_groups, gain, offset, eps, addend_NC)
     # PyTorch's kernels return NCHW memory on CUDA up to 2.14 whatever they were given.
     y = y.contiguous(memory_format=memory_format(x_NCHW))
     if silu:
@@ -61,15 +61,13 @@ def _suits_two_pass(x_NCHW: Tensor) -> bool:
     return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 16
 
 
-def _native_norm(
-    x_NCHW: Tensor, num_groups: int, gain_NC: Tensor, offset_NC: Tensor, eps: float, addend_NC: Tensor | None
-) -> Tensor:
+def _native_norm(x_NCHW: Tensor, num_groups: int, gain: Tensor, offset: Tensor, eps: float, addend_NC: Tensor | None) -> Tensor:
     """PyTorch's own kernel: what torch.compile fuses best on CUDA."""
     x_NCHW = x_NCHW if addend_NC is None else x_NCHW + addend_NC[:, :, None, None]
     x_NCHW = x_NCHW.contiguous() if x_NCHW.device.type == "cpu" else x_NCHW
-    if len(gain_NC) == len(offset_NC) == 1:
-        return F.group_norm(x_NCHW, num_groups, gain_NC[0], offset_NC[0], eps)
-    return F.group_norm(x_NCHW, num_groups, eps=eps) * gain_NC[:, :, None, None] + offset_NC[:, :, None, None]
+    if gain.ndim == offset.ndim == 1:
+        return F.group_norm(x_NCHW, num_groups, gain, offset, eps)
+    return F.group_norm(x_NCHW, num_groups, eps=eps) * gain[..., None, None] + offset[..., None, None]
 
 
 def memory_format(x_NCHW: Float[Tensor, "N C H W"]) -> torch.memory_format:

@@ -7,9 +7,10 @@ elements of a flat tensor (layout.py).
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..runtime.host import on_cpu
 from .layout import copy_present, flat_views
 
 KINDS = ("adam", "radam")
@@ -61,11 +62,6 @@ def optimizer_step(
     torch._foreach_add_(list(params), views)
     _follow(params, is_finite, averages, ema_betas, copy_P, views, grad_P)
     return is_finite.to(grad_P.dtype), norm
-
-
-def on_cpu(value: Shaped[Tensor, "..."]) -> bool:
-    """Whether the host sees values as they are computed, so that a branch on one waits for nothing."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _parts(flat_P: Tensor) -> list[slice]:
