@@ -10,8 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contestants import Step
 from fastcm.bench.timing import summarise
+from fastcm.graphs import WARMUP_CALLS
 
-WARM_UP = 3
+WARM_UP = WARMUP_CALLS + 1  # the last one records a CUDA graph
 MIN_STEPS, MAX_STEPS = 5, 100
 TOP = 30
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")

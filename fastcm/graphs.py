@@ -6,20 +6,43 @@ changed in place (parameters, moments, averages, meters), and what varies from c
 arguments: any other value is a constant of the recording, and another one is another recording.
 """
 
+import logging
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import wraps
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastcm import backends
+from fastcm.kernels.runtime.fallback import KernelUnavailableError
+
+log = logging.getLogger("fastcm")
+
 # Calls with new constants or shapes before they are recorded: kernels are compiled and loaded, libraries make their workspaces,
 # none of which a recording may do.
 WARMUP_CALLS = 3
-# More than this and something that varies is not a tensor.
+# More than this are not recorded any more: something varies that is not a tensor.
 MAX_RECORDINGS = 64
+# Dynamo counts by code object and gives up after 8, but here every shape and every phase of a process is one more.
+RECOMPILE_LIMIT = 256
 
 Replay = Callable[[], None]
+
+
+def compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+    """``function`` wrapped in torch.compile, whole and for each shape by itself; as it is where that is not wanted."""
+    if not wanted:
+        return function
+    whole = torch.compile(function, fullgraph=True, dynamic=False)
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return whole(*arguments)
+
+    return call
 
 
 class Recorder(Protocol):
@@ -53,60 +76,85 @@ class CudaRecorder:
     def record(self, call: Callable[[], Any]) -> tuple[Any, Replay]:
         """Capture a CUDA graph; other threads, such as those of a loader, may use the device meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        options = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        # The outer block leaves the stream also where the end of a failed capture raises.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(graph, **options):
             result = call()
         return result, graph.replay
 
 
-class Recording(NamedTuple):
-    """Where a recorded call reads its arguments and leaves its result, and what repeats it."""
+@dataclass
+class Recording:
+    """Calls with the same constants and shapes: where they read their arguments, and what repeats them once there is that."""
 
-    arguments: list[Tensor]
-    result: Any
-    replay: Replay
+    arguments: tuple[Any, ...]
+    num_calls: int = 0
+    result: Any = None
+    replay: Replay | None = None
 
 
 class Graphed:
     """``function``, recorded at its fourth call with the same constants and shapes, and replayed from then on.
 
-    Arguments and result are tensors, other hashable values, None, and tuples, lists, dicts and dataclasses of them; they carry
-    no gradient from outside in or from inside out. Each call returns tensors of its own. The calls before the recording do
-    their work like any other, so a function that changes state can be given as it is.
-    RuntimeError for more than ``MAX_RECORDINGS`` combinations of constants and shapes.
+    Arguments and result are tensors, other hashable values, None, and tuples, lists, dicts and dataclasses of them. No gradient
+    passes in or out. Each call returns tensors of its own. The calls before the recording do their work like any other, so
+    a function that changes state can be given as it is. Calls belong to one thread and one stream at a time: arguments and
+    intermediate results of all calls lie in the same memory.
+
+    After ``MAX_RECORDINGS`` combinations of constants and shapes further ones run as they are, with one warning.
+    RuntimeError for a function that a graph cannot hold, such as one that asks the device.
     """
 
     def __init__(self, function: Callable[..., Any], recorder: Recorder) -> None:
         self.function, self.recorder = function, recorder
-        self._calls: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, Recording] = {}
+        self._warned = False
 
     def __call__(self, *arguments: Any) -> Any:
         """The result of the function."""
-        key = (torch.is_grad_enabled(), *map(_described, leaves(arguments)))
-        recording = self._recordings.get(key)
+        recording = self._recording_of(arguments)
         if recording is None:
-            calls = self._calls[key] = self._calls.get(key, 0) + 1
-            if calls <= WARMUP_CALLS:
-                return self.recorder.run(lambda: self.function(*arguments))
-            recording = self._recordings[key] = self._record(arguments)
-        for kept, given in zip(recording.arguments, tensors_of(arguments), strict=True):
-            kept.copy_(given)
+            return self.function(*arguments)
+        for kept, given in zip(tensors_of(recording.arguments), tensors_of(arguments), strict=True):
+            kept.copy_(given.detach())
+        if recording.replay is not None:
+            recording.replay()
+            return map_tensors(torch.clone, recording.result)
+        recording.num_calls += 1
+        if recording.num_calls <= WARMUP_CALLS:
+            # On the memory of the recording, so that whatever depends on addresses or strides is settled before it.
+            result = self.recorder.run(lambda: self.function(*recording.arguments))
+            return map_tensors(lambda tensor: tensor.detach().clone(), result)
+        self._record(recording)
         recording.replay()
         return map_tensors(torch.clone, recording.result)
 
-    def _record(self, arguments: tuple[Any, ...]) -> Recording:
-        if len(self._recordings) == MAX_RECORDINGS:
-            raise RuntimeError(
-                f"{self.function} was called with more than {MAX_RECORDINGS} combinations of constants and shapes: "
-                "what varies from call to call must be a tensor"
-            )
-        kept = map_tensors(torch.empty_like, arguments)
+    def _recording_of(self, arguments: tuple[Any, ...]) -> Recording | None:
+        key = (*_modes(), *map(_described, leaves(arguments)))
+        if key not in self._recordings:
+            if len(self._recordings) == MAX_RECORDINGS:
+                self._warn()
+                return None
+            self._recordings[key] = Recording(map_tensors(lambda tensor: torch.empty_like(tensor.detach()), arguments))
+        return self._recordings[key]
+
+    def _warn(self) -> None:
+        if not self._warned:
+            text = "%s was called with more than %d combinations of constants and shapes; further ones run without a CUDA graph"
+            log.warning(text, self.function, MAX_RECORDINGS)
+        self._warned = True
+
+    def _record(self, recording: Recording) -> None:
         try:
-            result, replay = self.recorder.record(lambda: self.function(*kept))
+            result, recording.replay = self.recorder.record(lambda: self.function(*recording.arguments))
+        except (torch.OutOfMemoryError, KernelUnavailableError):
+            raise
         except RuntimeError as error:
-            message = f"{self.function} cannot be recorded as a CUDA graph; without graphs (cuda_graph off) it may run: {error}"
-            raise RuntimeError(message) from error
-        return Recording(list(tensors_of(kept)), map_tensors(Tensor.detach, result), replay)
+            # The end of a failed capture raises once more, after the error that says why.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            message = f"{self.function} cannot be recorded as a CUDA graph; without graphs (cuda_graph off) it may run: {cause}"
+            raise RuntimeError(message) from cause
+        recording.result = map_tensors(Tensor.detach, result)
 
 
 def graphed(function: Callable[..., Any], recorder: Recorder | None) -> Callable[..., Any]:
@@ -122,7 +170,7 @@ def leaves(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict):
         yield dict, tuple(value)
         parts = value.values()
-    elif is_dataclass(value):
+    elif _is_record(value):
         yield type(value)
         parts = (getattr(value, field.name) for field in fields(value))
     else:
@@ -146,11 +194,23 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict):
         return {name: map_tensors(function, part) for name, part in value.items()}
-    if is_dataclass(value):
+    if _is_record(value):
         return replace(value, **{field.name: map_tensors(function, getattr(value, field.name)) for field in fields(value)})
     return value
 
 
+def _is_record(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _modes() -> tuple[Hashable, ...]:
+    """What a call depends on besides its arguments."""
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, backends.requested()
+
+
 def _described(leaf: Any) -> Hashable:
-    """What a recording depends on: a constant itself, of a tensor all but its numbers."""
-    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+    """What a recording depends on: a constant itself (1, 1.0 and True are three), of a tensor all but its numbers."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), leaf

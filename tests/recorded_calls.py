@@ -1,7 +1,8 @@
 """CUDA graphs without a GPU: a recorder that repeats a call's operators on the memory they had, as a graph repeats kernels.
 
 What a graph would not see is not seen here either: Python that ran once, numbers that were constants, tensors made anew by
-every call. What a graph cannot hold, an operator whose result the host asks for, is an error.
+every call. What a graph cannot hold, an operator whose result the host asks for, is an error. Not seen are the reuse of
+memory within a graph's pool, the order of streams, and what a registered operator does inside.
 """
 
 from collections.abc import Callable

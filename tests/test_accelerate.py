@@ -3,6 +3,7 @@
 import pytest
 import torch
 from recorded_calls import OperatorRecorder
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastcm.diffusion.preconditioners import EDM, VE, VP, EDMBoundary
 from fastcm.errors import ConfigError
@@ -56,6 +57,39 @@ def test_compiled_evaluations_have_no_graph_break_and_give_the_images_of_the_mod
     model = model_of()
     fast = accelerate(model, compile=True)
     torch.testing.assert_close(sample(fast, 2, steps=2), sample(model, 2, steps=2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [None, 1])
+def test_nothing_is_compiled_while_a_graph_is_recorded(monkeypatch, labels):
+    counter, compile_, counts = CompileCounterWithBackend("aot_eager"), torch.compile, []
+
+    class Watched:
+        """Records nothing, but sees when something would be."""
+
+        def run(self, call):
+            return call()
+
+        def record(self, call):
+            counts.append(counter.frame_count)
+            result = call()
+            counts.append(counter.frame_count)
+            return result, lambda: None
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counter, **options))
+    torch._dynamo.reset()  # other tests have compiled the same functions
+    fast = AcceleratedModel(model_of(), compiled=True, recorder=Watched())
+    for seed in range(5):
+        sample(fast, 4, steps=1, seed=seed, labels=labels)
+    before, after = counts
+    assert before == after > 0
+
+
+def test_any_number_of_batch_sizes_is_served(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    fast, model = accelerate(model_of(), compile=True), model_of()
+    for num in range(1, 11):
+        torch.testing.assert_close(sample(fast, num, steps=1), sample(model, num, steps=1))
 
 
 def test_weights_are_shared_and_the_rest_is_the_models_own():

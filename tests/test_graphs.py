@@ -1,5 +1,7 @@
 """Functions replayed as CUDA graphs: what a recording holds, what it must not, and the same on a GPU."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,7 +9,19 @@ import pytest
 import torch
 from recorded_calls import OperatorRecorder
 
-from fastcm.graphs import MAX_RECORDINGS, WARMUP_CALLS, CudaRecorder, Graphed, graphed, leaves, map_tensors, tensors_of
+from fastcm import backends
+from fastcm.graphs import (
+    MAX_RECORDINGS,
+    WARMUP_CALLS,
+    CudaRecorder,
+    Graphed,
+    compiled,
+    graphed,
+    leaves,
+    map_tensors,
+    tensors_of,
+)
+from fastcm.kernels.runtime.fallback import KernelUnavailableError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -95,16 +109,6 @@ def test_layout_dtype_and_structure_belong_to_the_key(variant):
     assert recorder.num_recorded == 2
 
 
-def test_grad_mode_belongs_to_the_key():
-    recorder = OperatorRecorder()
-    function = Graphed(lambda x: x + 1, recorder)
-    for _ in range(WARMUP_CALLS + 1):
-        function(torch.ones(1))
-        with torch.no_grad():
-            function(torch.ones(1))
-    assert recorder.num_recorded == 2
-
-
 def test_results_are_not_overwritten_by_later_calls():
     function = Graphed(lambda x: (x + 1, [x * 2]), OperatorRecorder())
     for _ in range(WARMUP_CALLS + 1):
@@ -114,25 +118,120 @@ def test_results_are_not_overwritten_by_later_calls():
     assert (first[0].item(), first[1][0].item()) == (2.0, 2.0)
 
 
-def test_a_number_that_varies_is_refused_before_memory_runs_out():
-    function = Graphed(lambda x, step: x + step, OperatorRecorder())
-    steps = [step for step in range(MAX_RECORDINGS + 1) for _ in range(WARMUP_CALLS + 1)]
-    for step in steps[:-1]:
-        function(torch.zeros(1), step)
-    with pytest.raises(RuntimeError, match=f"more than {MAX_RECORDINGS} combinations .* must be a tensor"):
-        function(torch.zeros(1), steps[-1])
+def test_a_number_that_varies_runs_as_it_is_with_one_warning(caplog):
+    recorder = OperatorRecorder()
+    function = Graphed(lambda x, step: x + step, recorder)
+    for step in range(10 * MAX_RECORDINGS):
+        assert function(torch.zeros(1), step).item() == step
+    assert len(function._recordings) == MAX_RECORDINGS
+    (record,) = caplog.records
+    assert "further ones run without a CUDA graph" in record.getMessage()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "waiting", [lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x * torch.tensor([2.0, 3.0], device=x.device)]
-)
-def test_a_call_that_asks_the_device_or_copies_from_the_host_is_an_error_with_advice(device, waiting):
-    function = Graphed(waiting, recorder_on(device))
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cuda", dtype=torch.bfloat16),
+    "backend": lambda: backends.use_backend("torch"),
+}
+
+
+@pytest.mark.parametrize("mode", [name if name != "autocast" else pytest.param(name, marks=pytest.mark.gpu) for name in MODES])
+def test_what_a_call_depends_on_besides_its_arguments_belongs_to_the_key(mode):
+    recorder = OperatorRecorder()
+    function = Graphed(lambda x: x + 1, recorder)
+    for _ in range(WARMUP_CALLS + 2):
+        function(torch.ones(1))
+        with MODES[mode]():
+            function(torch.ones(1))
+    assert recorder.num_recorded == 2
+
+
+def test_constants_of_other_types_are_other_constants():
+    function = Graphed(lambda x, factor: x * factor, OperatorRecorder())
+    for _ in range(WARMUP_CALLS + 2):
+        for factor, dtype in ((1, torch.int64), (1.0, torch.float32), (True, torch.int64)):
+            assert function(torch.ones(2, dtype=torch.int64), factor).dtype == dtype
+
+
+def test_no_gradient_passes_before_the_recording_nor_after():
+    function, x = Graphed(lambda x: x * 2, OperatorRecorder()), torch.ones(2, requires_grad=True)
+    assert [function(x).requires_grad for _ in range(WARMUP_CALLS + 2)] == [False] * (WARMUP_CALLS + 2)
+
+
+def test_a_result_that_is_an_argument_is_not_overwritten_either():
+    function = Graphed(lambda x: x, OperatorRecorder())
+    results = [function(torch.tensor([float(k)])) for k in range(WARMUP_CALLS + 2)]
+    assert [result.item() for result in results] == [float(k) for k in range(WARMUP_CALLS + 2)]
+
+
+def test_calls_before_the_recording_see_the_memory_of_the_recording():
+    # So whatever is compiled for strides and addresses is compiled before.
+    seen = []
+    function = Graphed(lambda x: seen.append((x.data_ptr(), x.stride())) or x + 1, OperatorRecorder())
+    for step in range(WARMUP_CALLS + 1):
+        function(torch.tensor(float(step)).expand(4))
+    assert len(seen) == WARMUP_CALLS + 1
+    assert set(seen) == {(seen[0][0], (1,))}
+
+
+WAITING = [lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x * torch.tensor([2.0, 3.0], device=x.device)]
+
+
+@pytest.mark.parametrize("waiting", WAITING, ids=["item", "mask", "host"])
+def test_a_call_that_asks_the_device_or_copies_from_the_host_is_an_error_with_advice(waiting):
+    function = Graphed(waiting, OperatorRecorder())
     for _ in range(WARMUP_CALLS):
-        function(torch.ones(2, device=device))
-    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph; without graphs"):
-        function(torch.ones(2, device=device))
+        function(torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph; without graphs .* not permitted when stream"):
+        function(torch.ones(2))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KernelUnavailableError("none")])
+def test_other_errors_of_a_recorded_call_stay_what_they_are(error):
+    calls = []
+
+    def failing(x):
+        calls.append(x)
+        if len(calls) > WARMUP_CALLS:
+            raise error
+        return x + 1
+
+    function = Graphed(failing, OperatorRecorder())
+    for _ in range(WARMUP_CALLS):
+        function(torch.ones(2))
+    with pytest.raises(type(error), match=str(error)):
+        function(torch.ones(2))
+
+
+FAILING = """
+import torch
+from fastcm.graphs import WARMUP_CALLS, CudaRecorder, Graphed
+function, stream = Graphed(lambda x: x * x.sum().item(), CudaRecorder(torch.device("cuda"))), torch.cuda.current_stream()
+try:
+    for _ in range(WARMUP_CALLS + 1):
+        function(torch.ones(2, device="cuda"))
+except RuntimeError as error:
+    print(error)
+assert torch.cuda.current_stream() == stream
+"""
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_says_why_and_leaves_the_stream():
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be recorded as a CUDA graph" in done.stdout
+    assert "captur" in done.stdout.split("it may run: ")[1]
+
+
+def test_compiled_functions_serve_more_shapes_than_dynamo_keeps_by_default(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    function = compiled(lambda x: x * 2, True)
+    for size in range(1, 13):
+        assert function(torch.ones(size)).sum().item() == 2.0 * size
+    assert compiled(len, False) is len
 
 
 def test_without_a_recorder_a_function_stays_what_it_is():

@@ -215,6 +215,7 @@ def test_every_checkpoint_damaged_is_exit_3(fastcm_cli, tiny, finished):
         ("phases.tune.batch_size=32", "phases.tune.batch_size was 16, is 32"),
         ("data.xflip=true", "data.xflip was False, is True"),
         ("seed=1", "seed was 0, is 1"),
+        ("compute.dtype=bfloat16", "compute.dtype was 'float32', is 'bfloat16'"),
         ("phases.pretrain.objective.p_mean=-1.0", "phases.pretrain.objective.p_mean was -1.2, is -1.0"),
     ],
 )

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcm import graphs
 from fastcm.errors import ConfigError
-from fastcm.graphs import CudaRecorder, Recorder, graphed
 from fastcm.model import Model
 
 
@@ -16,12 +16,11 @@ class AcceleratedModel(Model):
     What it computes is what ``model`` does, to rounding. An evaluation under autograd is the model's own.
     """
 
-    def __init__(self, model: Model, compiled: bool, recorder: Recorder | None) -> None:
+    def __init__(self, model: Model, compiled: bool, recorder: graphs.Recorder | None) -> None:
         options = (model.label_dim, model.dtype, model.sampling, model.trajectory)
         super().__init__(model.net, model.precond, model.image_shape, *options)
         self.train(model.training)
-        evaluate = super()._g
-        self._evaluate = graphed(torch.compile(evaluate, fullgraph=True, dynamic=False) if compiled else evaluate, recorder)
+        self._evaluate = graphs.graphed(graphs.compiled(super()._g, compiled), recorder)
 
     def _g(self, *arguments: Any) -> Tensor:
         return super()._g(*arguments) if torch.is_grad_enabled() else self._evaluate(*arguments)
@@ -32,7 +31,8 @@ def accelerate(model: Model, *, compile: bool | None = None, cuda_graph: bool | 
 
     compile: wrap the network in torch.compile. cuda_graph: replay each evaluation as one CUDA graph, which is what makes
     small batches fast. None means where the model is on a CUDA device. Weights are shared, and must stay in the memory where
-    they are. ConfigError for graphs on another device, and where nothing is left to do.
+    they are. One thread and one stream at a time may use it; its own memory is free again after ``gc.collect()``.
+    ConfigError for graphs on another device, and where nothing is left to do.
     """
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
@@ -41,4 +41,4 @@ def accelerate(model: Model, *, compile: bool | None = None, cuda_graph: bool | 
     compiled, replayed = on_cuda if compile is None else compile, on_cuda and cuda_graph is not False
     if not compiled and not replayed:
         raise ConfigError(f"accelerate: nothing to do for a model on {device}; use a GPU, or give compile=True")
-    return AcceleratedModel(model, compiled, CudaRecorder(device) if replayed else None)
+    return AcceleratedModel(model, compiled, graphs.CudaRecorder(device) if replayed else None)

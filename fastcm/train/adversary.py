@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from fastcm import graphs
 from fastcm.config import FeaturesConfig, GANConfig
 from fastcm.diffusion.adversarial import discriminator_hinge, generator_hinge
 from fastcm.errors import ConfigError
@@ -50,9 +51,7 @@ class Adversary:
         opt = config.optimizer
         self.optimizer = Optimizer(dict(self.discriminator.heads.named_parameters()), opt.kind, opt.betas, opt.eps)
         losses = self._plain_generator_loss, self._plain_discriminator_loss
-        self._generator_loss, self._discriminator_loss = (
-            torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss for loss in losses
-        )
+        self._generator_loss, self._discriminator_loss = (graphs.compiled(loss, compiled) for loss in losses)
         self.totals = torch.zeros(2 * len(METERS), dtype=torch.float64, device=device)
 
     def active(self, image: int) -> bool:

@@ -6,21 +6,20 @@ weighted sum then goes through the rest of the student once, both losses' images
 costs further backward passes through the frozen average.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from fastcm import ops
+from fastcm import graphs, ops
 from fastcm.data.batch import Batch
 from fastcm.diffusion.adversarial import adaptive_weight
 from fastcm.diffusion.preconditioners import Scalings
-from fastcm.graphs import Recorder, graphed
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import per_image
 from fastcm.objectives.base import Networks, TrainingBatch, noise_key
@@ -90,19 +89,20 @@ class CTMStep:
         microbatch_size: int,
         compiled: bool,
         adversary: Adversary | None = None,
-        recorder: Recorder | None = None,
+        recorder: graphs.Recorder | None = None,
     ) -> None:
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
         self.adversary = adversary
         self._tail = networks.student.net.tail(objective.adaptive_layer)
         # A graph of its own, replayed k times: one recording serves every number of solver steps.
-        self._solver_step = graphed(partial(_compiled(objective.solver_step, compiled), networks.teacher), recorder)
-        self._self_jump = graphed(_compiled(self._plain_self_jump, compiled), recorder)
-        self._target_image = _compiled(objective.target_image, compiled)
-        self._trunk = _compiled(self._plain_trunk, compiled)
-        self._estimate = _compiled(self._plain_estimate, compiled)
-        self._distance = _compiled(partial(objective.consistency_loss, networks), compiled)
-        self._denoising = _compiled(self._plain_denoising, compiled)
+        solver_step = partial(graphs.compiled(objective.solver_step, compiled), networks.teacher)
+        self._solver_step = graphs.graphed(solver_step, recorder)
+        self._self_jump = graphs.graphed(graphs.compiled(self._plain_self_jump, compiled), recorder)
+        self._target_image = graphs.compiled(objective.target_image, compiled)
+        self._trunk = graphs.compiled(self._plain_trunk, compiled)
+        self._estimate = graphs.compiled(self._plain_estimate, compiled)
+        self._distance = graphs.compiled(partial(objective.consistency_loss, networks), compiled)
+        self._denoising = graphs.compiled(self._plain_denoising, compiled)
 
     def prepare(self, batch: Batch, first_image: int) -> Work:
         """The tasks of a batch, whose first image has this global number, which names the draw of the solver steps."""
@@ -117,7 +117,7 @@ class CTMStep:
     def __call__(self, work: Work, schedule: Mapping[str, Tensor], loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Consistency loss and noise level t of every image, detached; a CUDA graph can hold it.
 
-        loss_scale: factor on the gradient, 0-d.
+        schedule: of the objective, which has none. loss_scale: factor on the gradient, 0-d.
         """
         num_images, losses = sum(len(task.batch.index) for task in work.tasks), []
         for task in work.tasks:
@@ -284,10 +284,6 @@ class CTMStep:
 def _ratio(one: Gradients, other: Gradients, loss_scale: Tensor | None, *bounds: float) -> Tensor:
     norms = [gradients.layer[0].norm() / (1.0 if loss_scale is None else loss_scale) for gradients in (one, other)]
     return adaptive_weight(*norms, *bounds)
-
-
-def _compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
 
 def _gradients(

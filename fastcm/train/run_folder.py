@@ -85,7 +85,7 @@ class RunFolder(RunFiles):
 
 
 def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a run that may not change on resume: seed, network, data, and what each phase learns from what."""
+    """The parts of a run that may not change on resume: seed, dtype, network, data, and what each phase learns from what."""
     fixed = {"objective", "init", "teacher", "batch_size", "microbatch_size", "dropout", "dropout_max_resolution"}
     fixed |= {"augment", "emas"}
     optimizer = {"kind", "betas", "eps"}
@@ -98,6 +98,7 @@ def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "seed": config.seed,
+        "compute": {"dtype": config.compute.dtype},
         "data": {**config.data.model_dump(mode="json", exclude={"path", "download"}), "fingerprint": data["fingerprint"]},
         "network": config.network.model_dump(mode="json"),
         "features": config.features.model_dump(mode="json"),

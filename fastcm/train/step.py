@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from fastcm import graphs
 from fastcm.data.batch import Batch
 from fastcm.objectives.base import Networks, Objective
 
@@ -17,14 +18,14 @@ class GradientStep:
 
     def __init__(self, networks: Networks, objective: Objective, seed: int, microbatch_size: int, compiled: bool) -> None:
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
-        self._loss = torch.compile(self._plain_loss, fullgraph=True, dynamic=False) if compiled else self._plain_loss
+        self._loss = graphs.compiled(self._plain_loss, compiled)
 
     def _plain_loss(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         terms = self.objective.loss(self.networks, batch, self.seed, schedule)
         return terms.loss_N, terms.sigma_N
 
     def prepare(self, batch: Batch, first_image: int) -> Batch:
-        """What a call takes of a batch, whose first image has this global number: here the batch itself."""
+        """What a call takes of a batch: here the batch itself, wherever in the run it stands."""
         return batch
 
     def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ from source_tree import ROOT, Source, source_of, sources
 # From the bottom to the top. A part may import what stands on a lower line, and itself.
 LEVELS = (
     ("kernels",),
-    ("random", "errors", "graphs", "passive_pickle"),
+    ("random", "errors", "passive_pickle"),
     ("backends",),
+    ("graphs",),
     ("ops",),
     ("config", "configs"),
     ("diffusion",),
