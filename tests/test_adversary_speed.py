@@ -81,7 +81,7 @@ def test_a_discriminators_step_builds_no_graph_of_the_generator_and_asks_no_teac
 
     monkeypatch.setattr(phase.adversary, "accumulate", accumulate)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(1) or tensor, lambda tensor: tensor):
-        step.train_discriminator(step.prepare_discriminator(batch, 64))
+        step.train_discriminator(*step.prepare_discriminator(batch, 64))
         assert saved  # the hooks do see graphs
     assert all(p.grad is None for p in phase.model.parameters())
 

@@ -131,7 +131,7 @@ def test_losses_of_an_image_do_not_depend_on_the_part_of_the_batch_it_is_in(monk
     for size in (16, 8):
         parts = [phase.gradient(phase.gradient.prepare(part, 64), {}) for part in parts_of(batch, size)]
         for part in parts_of(batch, size):
-            phase.gradient.train_discriminator(phase.gradient.prepare_discriminator(part, 64))
+            phase.gradient.train_discriminator(*phase.gradient.prepare_discriminator(part, 64))
         ours = [torch.cat(column) for column in zip(*parts, strict=True)]
         results.append((*ours, *(torch.cat(seen[name]) for name in seen)))
         seen = {name: [] for name in seen}
@@ -149,7 +149,7 @@ def test_the_discriminators_gradient_adds_up_over_parts():
     for size in (16, 4):
         phase = phase_of({**GAN["gan"], "start_images": 0})
         phase.gradient.microbatch_size = size
-        phase.gradient.train_discriminator(phase.gradient.prepare_discriminator(phase.loader.batch(64), 64))
+        phase.gradient.train_discriminator(*phase.gradient.prepare_discriminator(phase.loader.batch(64), 64))
         found.append({name: p.grad for name, p in phase.adversary.discriminator.heads.named_parameters()})
         assert all(p.grad is None for p in phase.model.parameters())
     for name, gradient in found[0].items():
@@ -220,7 +220,7 @@ def test_the_discriminator_is_shown_the_batch_and_the_jumps_that_the_generator_w
     for num_steps in (1, 2):
         first = next(image for image in range(64, 1000) if phase.objective.num_solver_steps(0, image) == num_steps)
         batch = phase.loader.batch(first)
-        phase.gradient.train_discriminator(phase.gradient.prepare_discriminator(batch, first))
+        phase.gradient.train_discriminator(*phase.gradient.prepare_discriminator(batch, first))
         expected = phase.objective.jumps(batch.index, 0, num_steps)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(jumps_seen[-1], expected, strict=True))
         real, generated, labels, index, share = shown[-1]

@@ -89,6 +89,7 @@ def test_replayed_steps_equal_plain_ones_bit_for_bit(name, monkeypatch):
         plain.step()
         graphed.step()
     assert recorder.num_replayed > recorder.num_recorded > 0
+    assert num_recorded(graphed) == ((1, 1) if name == "ctm_gan" else (1, 0))
     assert differing(state_of(plain), state_of(graphed)) == []
     assert plain.meter.read() == graphed.meter.read()
 
@@ -99,20 +100,26 @@ def test_replayed_steps_equal_plain_ones_bit_for_bit(name, monkeypatch):
 def test_replayed_steps_equal_plain_ones_on_a_gpu(name, compiled, monkeypatch):
     recorder = CudaRecorder(torch.device("cuda"))
     plain, graphed = (phase_of(name, "cuda", each, monkeypatch, compile=compiled) for each in (None, recorder))
-    for _ in range(2 * WARMUP_CALLS + 3):
+    for _ in range(4 * WARMUP_CALLS):
         plain.step()
         graphed.step()
     # From here on every turn is replayed: what the steps change, they change alike.
-    assert all(recording.replay for recording in graphed._learn._recordings.values())
-    assert bool(graphed._learn_to_judge._recordings) == (name == "ctm_gan")
-    before = state_of(plain)
+    before, recorded = state_of(plain), num_recorded(graphed)
+    assert recorded == ((1, 1) if name == "ctm_gan" else (1, 0))
     for _ in range(5):
         plain.step()
         graphed.step()
+    assert num_recorded(graphed) == recorded
     one, other = state_of(plain), state_of(graphed)
     for key, value in one.items():
         change, difference = (value.double() - before[key].double()).norm(), (other[key].double() - value.double()).norm()
         assert difference <= 1e-2 * change + 1e-6 * value.double().norm(), f"{key}: {difference} of {change}"
+
+
+def num_recorded(phase):
+    """Recordings of the student's turn and of the discriminator's."""
+    turns = phase._learn, phase._learn_to_judge
+    return tuple(sum(recording.replay is not None for recording in turn._recordings.values()) for turn in turns)
 
 
 def test_one_recording_serves_every_number_of_solver_steps(monkeypatch):
@@ -123,7 +130,7 @@ def test_one_recording_serves_every_number_of_solver_steps(monkeypatch):
         numbers.add(phase.objective.num_solver_steps(0, phase.images))
         phase.step()
     assert numbers == {1, 2, 3}
-    assert recorder.num_recorded == 2  # a Heun step of the teacher, and the rest
+    assert recorder.num_recorded == 3  # what is drawn, a Heun step of the teacher, and the rest
 
 
 def test_what_varies_reaches_a_recorded_step(monkeypatch):

@@ -132,7 +132,7 @@ class CTM(Objective):
         steps = torch.arange(1, self.max_solver_steps + 1, dtype=torch.float64)
         return 1 + int((steps.cumsum(0) <= draw * steps.sum()).sum())
 
-    def jumps(self, index_N: Int64[Tensor, " N"], seed: int, num_steps: int) -> Jumps:
+    def jumps(self, index_N: Int64[Tensor, " N"], seed: int, num_steps: int | Float[Tensor, ""]) -> Jumps:
         """The noise levels of these images for k = num_steps, from the streams "sigma" and "jump"."""
         first, second = (Stream(seed, purpose).uniform(index_N) for purpose in ("sigma", "jump"))
         last = self.num_levels - 1
@@ -145,7 +145,9 @@ class CTM(Objective):
             s_place_N = u_place_N + (second * (last - u_place_N + 1)).floor()
         return self.jumps_at(t_place_N, s_place_N, num_steps)
 
-    def jumps_at(self, t_place_N: Float[Tensor, " N"], s_place_N: Float[Tensor, " N"], num_steps: int) -> Jumps:
+    def jumps_at(
+        self, t_place_N: Float[Tensor, " N"], s_place_N: Float[Tensor, " N"], num_steps: int | Float[Tensor, ""]
+    ) -> Jumps:
         """The noise levels at given places in the grid."""
         places = (t_place_N, t_place_N + num_steps, s_place_N)
         t_N, u_N, s_N = (self.grid.sigma(place_N, float(self.num_levels)) for place_N in places)

@@ -94,6 +94,7 @@ class CTMStep:
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
         self.adversary = adversary
         self._tail = networks.student.net.tail(objective.adaptive_layer)
+        self._begin = graphs.graphed(self._draw, recorder)
         # A graph of its own, replayed k times: one recording serves every number of solver steps.
         solver_step = partial(graphs.compiled(objective.solver_step, compiled), networks.teacher)
         self._solver_step = graphs.graphed(solver_step, recorder)
@@ -106,13 +107,17 @@ class CTMStep:
 
     def prepare(self, batch: Batch, first_image: int) -> Work:
         """The tasks of a batch, whose first image has this global number, which names the draw of the solver steps."""
-        num_steps = self.objective.num_solver_steps(self.seed, first_image)
+        num_steps, count = self._num_solver_steps(batch, first_image)
         tasks = []
         for part in parts_of(batch, self.microbatch_size):
-            jumps = self.objective.jumps(part.index, self.seed, num_steps)
-            dsm = self.objective.dsm_sigma(part.index, self.seed), Stream(self.seed, "dsm_noise").at(part.index)
-            tasks.append(self.task(part, jumps, num_steps, noise_key(part, self.seed), *dsm))
+            jumps, points = self._begin(part, count)
+            tasks.append(self._task(part, jumps, num_steps, points))
         return Work(tasks, self.adversary is not None and self.adversary.active(first_image))
+
+    def _num_solver_steps(self, batch: Batch, first_image: int) -> tuple[int, Float[Tensor, ""]]:
+        """k, for the host, which repeats the solver's step, and for the device, where one recording serves every k."""
+        num_steps = self.objective.num_solver_steps(self.seed, first_image)
+        return num_steps, torch.full((), float(num_steps), device=batch.index.device)
 
     def __call__(self, work: Work, schedule: Mapping[str, Tensor], loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Consistency loss and noise level t of every image, detached; a CUDA graph can hold it.
@@ -124,17 +129,15 @@ class CTMStep:
             losses.append(self.accumulate(task, len(task.batch.index) / num_images, work.adversarial, loss_scale))
         return torch.cat(losses), torch.cat([task.jumps.t_N for task in work.tasks])
 
-    def prepare_discriminator(self, batch: Batch, first_image: int) -> list[tuple[Batch, Jumps]]:
-        """The images of each microbatch with the jumps that the student estimates them by."""
-        num_steps = self.objective.num_solver_steps(self.seed, first_image)
-        parts = parts_of(batch, self.microbatch_size)
-        return [(part, self.objective.jumps(part.index, self.seed, num_steps)) for part in parts]
+    def prepare_discriminator(self, batch: Batch, first_image: int) -> tuple[Batch, Float[Tensor, ""]]:
+        """What ``train_discriminator`` takes: the batch, and k of the jumps that the student estimates its images by."""
+        return batch, self._num_solver_steps(batch, first_image)[1]
 
-    def train_discriminator(self, parts: list[tuple[Batch, Jumps]]) -> None:
+    def train_discriminator(self, batch: Batch, num_steps: Float[Tensor, ""]) -> None:
         """Accumulate the discriminator's gradient on the real images and the student's estimates, whose graph is not built."""
-        num_images = sum(len(part.index) for part, _ in parts)
-        for part, jumps in parts:
-            fake_NCHW, share = self.generate(part, jumps), len(part.index) / num_images
+        for part in parts_of(batch, self.microbatch_size):
+            fake_NCHW = self.generate(part, self.objective.jumps(part.index, self.seed, num_steps))
+            share = len(part.index) / len(batch.index)
             self.adversary.accumulate(part.images, fake_NCHW, part.labels, part.index, share)
 
     @torch.no_grad()
@@ -155,9 +158,25 @@ class CTMStep:
         dsm_noise: Noise,
     ) -> Task:
         """The task at given noise levels, with unit normal noises or their keys."""
-        at_t = self._noised(batch, jumps.t_N, noise)
-        at_sigma = None if self.objective.dsm == "none" else self._noised(batch, dsm_sigma_N, dsm_noise)
+        return self._task(batch, jumps, num_steps, self._points(batch, jumps, noise, dsm_sigma_N, dsm_noise))
+
+    def _task(self, batch: TrainingBatch, jumps: Jumps, num_steps: int, points: tuple[Noised, Noised | None]) -> Task:
+        at_t, at_sigma = points
         return Task(batch, jumps, at_t, self.solve(at_t.x_NCHW, jumps, num_steps, batch.labels), at_sigma)
+
+    @torch.no_grad()
+    def _draw(self, batch: Batch, num_steps: Float[Tensor, ""]) -> tuple[Jumps, tuple[Noised, Noised | None]]:
+        """The jumps of the images and their noisy points, all from the streams."""
+        jumps = self.objective.jumps(batch.index, self.seed, num_steps)
+        dsm = self.objective.dsm_sigma(batch.index, self.seed), Stream(self.seed, "dsm_noise").at(batch.index)
+        return jumps, self._points(batch, jumps, noise_key(batch, self.seed), *dsm)
+
+    def _points(
+        self, batch: TrainingBatch, jumps: Jumps, noise: Noise, dsm_sigma_N: Tensor, dsm_noise: Noise
+    ) -> tuple[Noised, Noised | None]:
+        """The noisy images at t, and those of the denoising loss if there is one."""
+        at_sigma = None if self.objective.dsm == "none" else self._noised(batch, dsm_sigma_N, dsm_noise)
+        return self._noised(batch, jumps.t_N, noise), at_sigma
 
     def accumulate(
         self, task: Task, share: float = 1.0, adversarial: bool = False, loss_scale: Tensor | None = None

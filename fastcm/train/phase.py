@@ -20,7 +20,6 @@ from fastcm.io.tensors import copy_into
 from fastcm.model import Model
 from fastcm.nn.build import build_network
 from fastcm.objectives import CTM, Networks
-from fastcm.objectives.ctm import Jumps
 from fastcm.train.adversary import Adversary
 from fastcm.train.build import build_objective, sampling_form
 from fastcm.train.ctm_step import CTMStep, Work
@@ -157,7 +156,7 @@ class Phase:
         batch = self.loader.batch(first_image)
         if self.adversary is not None and self.adversary.has_turn(first_image, size):
             lr = self._scalar(self.adversary.learning_rate(self.images, self.settings.duration_images))
-            self._learn_to_judge(self.gradient.prepare_discriminator(batch, first_image), lr)
+            self._learn_to_judge(*self.gradient.prepare_discriminator(batch, first_image), lr)
         else:
             schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
             prepared = self.gradient.prepare(batch, first_image)
@@ -173,8 +172,8 @@ class Phase:
             self.loss_scale.update(finite)
         self.meter.add(loss_N, sigma_N, norm, finite)
 
-    def _discriminator_turn(self, parts: list[tuple[Batch, Jumps]], lr: Tensor) -> None:
-        self.gradient.train_discriminator(parts)
+    def _discriminator_turn(self, batch: Batch, num_steps: Tensor, lr: Tensor) -> None:
+        self.gradient.train_discriminator(batch, num_steps)
         self.adversary.step(lr)
 
     def _ema_betas(self) -> Tensor:
