@@ -1,4 +1,4 @@
-"""Functions replayed as CUDA graphs: all kernels of a call, however many, cost the host one launch.
+"""Functions compiled, and replayed as CUDA graphs: all kernels of a call, however many, cost the host one launch.
 
 A function is recorded with its arguments in memory of their own; every later call writes them there and repeats the recorded
 kernels at the recorded addresses. So what a call reads besides its arguments must be state that stays where it is and is
@@ -102,7 +102,8 @@ class Graphed:
     intermediate results of all calls lie in the same memory.
 
     After ``MAX_RECORDINGS`` combinations of constants and shapes further ones run as they are, with one warning.
-    RuntimeError for a function that a graph cannot hold, such as one that asks the device.
+    TypeError for a constant that has no hash, RuntimeError for a function that a graph cannot hold, such as one that asks
+    the device.
     """
 
     def __init__(self, function: Callable[..., Any], recorder: Recorder) -> None:
@@ -213,4 +214,6 @@ def _described(leaf: Any) -> Hashable:
     """What a recording depends on: a constant itself (1, 1.0 and True are three), of a tensor all but its numbers."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return type(leaf), leaf
+    if leaf.__hash__ is None:
+        raise TypeError(f"a recorded call takes tensors and constants with a hash, got {leaf!r} of {type(leaf).__name__}")
+    return type(leaf), "nan" if leaf != leaf else leaf  # NaN equals nothing, not even itself

@@ -24,7 +24,7 @@ CASES = {
     "microbatches": {"phase": {"objective": {"kind": "ect"}, "microbatch_size": 2, "dropout": 0.1}},
     "cd": {"phase": {"objective": {"kind": "cd", "distance": "l1"}}, "conditional": True},
     "ct": {"phase": {"objective": {"kind": "ct", "distance": "squared", "end_scales": 20}}},
-    "pd": {"phase": {"objective": {"kind": "pd", "start_steps": 4, "stage_images": 5 * BATCH}}},
+    "pd": {"phase": {"objective": {"kind": "pd", "start_steps": 4, "stage_images": 5 * BATCH}, "optimizer": {"lr": 1e-3}}},
     "edm2": {
         "phase": {"objective": {"kind": "edm", "uncertainty": True}},
         "network": {"family": "edm2", "model_channels": 32, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4],

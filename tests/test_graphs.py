@@ -154,6 +154,16 @@ def test_constants_of_other_types_are_other_constants():
             assert function(torch.ones(2, dtype=torch.int64), factor).dtype == dtype
 
 
+def test_nan_is_a_constant_like_any_other_and_what_has_no_hash_is_refused():
+    recorder = OperatorRecorder()
+    function = Graphed(lambda x, factor: x * factor, recorder)
+    for _ in range(WARMUP_CALLS + 2):
+        assert function(torch.ones(1), float("nan")).isnan()
+    assert recorder.num_recorded == 1
+    with pytest.raises(TypeError, match=r"constants with a hash, got \{1\} of set"):
+        function(torch.ones(1), {1})
+
+
 def test_no_gradient_passes_before_the_recording_nor_after():
     function, x = Graphed(lambda x: x * 2, OperatorRecorder()), torch.ones(2, requires_grad=True)
     assert [function(x).requires_grad for _ in range(WARMUP_CALLS + 2)] == [False] * (WARMUP_CALLS + 2)

@@ -74,9 +74,10 @@ def error_of(gradients, expected):
 def test_fp16_steps_are_replayed_bit_for_bit(name, monkeypatch):
     recorder = OperatorRecorder()
     plain, graphed = (phase_of(name, "cpu", each, monkeypatch, dtype="float16") for each in (None, recorder))
-    for _ in range(6):
-        plain.step()
-        graphed.step()
+    for phase in (plain, graphed):
+        phase.loss_scale.scale.fill_(64.0)
+        for _ in range(6):
+            phase.step()
     assert recorder.num_replayed > 0
     assert differing(state_of(plain), state_of(graphed)) == []
     assert plain.meter.read()["loss"] > 0

@@ -72,10 +72,10 @@ def likelihood_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--gamma", type=float, help="Of trajectory: noise between jumps, from 0 (none) to 1; default the model's own.")
 @click.option("--eta", type=float, help="Of ancestral: noise after each step, from 0 (none) to 1, the default.")
-@click.option("--s-churn", type=float, help="Of heun and dpm: noise before each step; default 0, 40 for EDM's ImageNet-64.")
+@click.option("--s-churn", type=float, help="Of heun and dpm: noise before each step; default 0 (EDM's ImageNet-64: 40).")
 @click.option("--s-tmin", type=float, help="Smallest noise level with churn; default 0.")
 @click.option("--s-tmax", type=float, help="Largest noise level with churn; default all.")
-@click.option("--s-noise", type=float, help="Deviation of that noise; default 1.")
+@click.option("--s-noise", type=float, help="Standard deviation of that noise; default 1.")
 @click.option("--midpoint-rho", type=float, help="Of dpm: 3 as in the consistency models' code; default halfway in log sigma.")
 @click.option(
     "--mid-sigma", "mid_sigmas", multiple=True, type=float, help="Noise level to return to between steps; repeat for more."

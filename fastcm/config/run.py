@@ -64,6 +64,8 @@ class PhaseConfig(Section):
         for name in self.emas:
             if not re.fullmatch(r"[A-Za-z0-9_]+", name):
                 raise ValueError(f"EMA name '{name}' may hold letters, digits and underscores only")
+        if isinstance(self.objective, PDObjectiveConfig):
+            self._check_stages(self.objective.stage_images)
         if self.ema_snapshot_images and isinstance(self.objective, PDObjectiveConfig):
             raise ValueError(
                 "ema_snapshot_images: progressive distillation begins its averages anew at each stage; leave it out"
@@ -71,6 +73,18 @@ class PhaseConfig(Section):
         if self.ema_snapshot_images and not any(ema.kind == "power" for ema in self.emas.values()):
             raise ValueError(f"ema_snapshot_images is {self.ema_snapshot_images}, but no EMA in emas is of kind 'power'")
         return self
+
+    def _check_stages(self, stage_images: int) -> None:
+        if stage_images < self.batch_size:
+            raise ValueError(
+                f"objective.stage_images {stage_images} is below batch_size {self.batch_size}: stages would be left out"
+            )
+        needed = self.optimizer.warmup_images + self.optimizer.cooldown_images
+        if needed > stage_images:
+            raise ValueError(
+                f"optimizer: warmup_images and cooldown_images, {needed} in all, begin anew in each stage and do not fit into "
+                f"objective.stage_images {stage_images}"
+            )
 
 
 class ComputeConfig(Section):

@@ -119,7 +119,7 @@ class _Flow:
         x = scale_hat / self.scaling.scale(t) * x
         if noise is None:
             return x
-        return x + churn.deviation(self.schedule.sigma(t), self.schedule.sigma(t_hat)) * scale_hat * noise.double()
+        return x + churn.standard_deviation(self.schedule.sigma(t), self.schedule.sigma(t_hat)) * scale_hat * noise.double()
 
 
 @torch.no_grad()

@@ -34,10 +34,11 @@ class Churn:
 
     def sigma_hat(self, model: Denoiser, sigma: Float64[Tensor, ""], num_steps: int) -> Float64[Tensor, ""]:
         """The raised noise level, one that the model was trained on, chosen on the device."""
-        gamma = min(self.s_churn / num_steps, MAX_GAMMA) * ((sigma >= self.s_tmin) & (sigma <= self.s_tmax))
+        inside = ((sigma >= self.s_tmin) & (sigma <= self.s_tmax)).to(sigma.dtype)  # a bool would make gamma fp32
+        gamma = min(self.s_churn / num_steps, MAX_GAMMA) * inside
         return round_sigmas(model, sigma * (1 + gamma))
 
-    def deviation(self, sigma: Float64[Tensor, ""], sigma_hat: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
+    def standard_deviation(self, sigma: Float64[Tensor, ""], sigma_hat: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
         """s_noise sqrt(sigma_hat^2 - sigma^2) of the noise to add, 0 where rounding brought sigma_hat below sigma."""
         return (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * self.s_noise
 
@@ -53,5 +54,5 @@ class Churn:
         """(x, sigma_hat) before step i of num_steps; without churn x as it is, and no noise is drawn."""
         sigma_hat = self.sigma_hat(model, sigma, num_steps)
         if self.s_churn > 0:
-            x = x + self.deviation(sigma, sigma_hat) * noise(i).double()
+            x = x + self.standard_deviation(sigma, sigma_hat) * noise(i).double()
         return x, sigma_hat

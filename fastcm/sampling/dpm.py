@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcm.errors import ConfigError
 from fastcm.sampling.churn import Churn
-from fastcm.sampling.common import Callback, Denoiser, NoiseSource, denoise, report, round_sigmas, start
+from fastcm.sampling.common import Callback, Denoiser, NoiseSource, clip_range, denoise, report, round_sigmas, start
 
 
 @torch.no_grad()
@@ -35,7 +35,8 @@ def sample_dpm(
     to 0, has no such place and is Euler's.
 
     midpoint_rho: take sigma_mid halfway in sigma^(1 / midpoint_rho) instead, also in the last step, with 2 S evaluations. The
-    consistency models' code (arXiv 2303.01469) has 3, whose last midpoint lies at an eighth of the smallest level.
+    consistency models' code (arXiv 2303.01469) has 3, whose last midpoint lies at an eighth of the smallest level; where the
+    model's own smallest level is higher, at that.
     Other arguments and errors as in ``sample_heun``. Raises ConfigError also for a midpoint_rho that is not above 0.
     """
     if not midpoint_rho > 0:
@@ -43,14 +44,15 @@ def sample_dpm(
     churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     x, sigmas = start(x, sigmas, noise, needs_noise=s_churn > 0)
     sigmas = round_sigmas(model, sigmas)
-    num_steps = len(sigmas) - 1
+    num_steps, (lowest, _) = len(sigmas) - 1, clip_range(model, 0.0, math.inf)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x, sigma_hat = churn.raise_noise(model, x, sigma, num_steps, noise, i)
         denoised = denoise(model, x, sigma_hat, labels)
         report(callback, i, x, sigma, sigma_hat, denoised)
         slope = (x - denoised) / sigma_hat
         if i < num_steps - 1 or midpoint_rho < math.inf:
-            sigma_mid = round_sigmas(model, midpoint(sigma_hat, sigma_next, midpoint_rho))
+            sigma_mid = midpoint(sigma_hat, sigma_next, midpoint_rho).clamp(min=lowest)
+            sigma_mid = round_sigmas(model, sigma_mid)
             x_mid = x + (sigma_mid - sigma_hat) * slope
             slope = (x_mid - denoise(model, x_mid, sigma_mid, labels)) / sigma_mid
         x = x + (sigma_next - sigma_hat) * slope

@@ -74,7 +74,8 @@ def sample(
     Image j has the global index index_offset + j, or index_offset[j]; its latent, step noise and random label depend on that,
     on the seed and on nothing else. sampler: the model's own (``model.sampling``) unless given; "trajectory" jumps and needs a
     network with a second time, whose denoiser alone the others take. steps: "heun" and "dpm" make 2 steps - 1 network
-    evaluations, the others steps; by default the model's own number, or 18, and 2 for "consistency" and "trajectory".
+    evaluations ("dpm" with a midpoint_rho one more), the others steps; by default the model's own number, or 18, and 2 for
+    "consistency" and "trajectory".
     labels: class ids [num], one-hot rows [num, label_dim] or one class for all; None draws classes for a
     class-conditional model. mid_sigmas: noise levels between the steps; those of "consistency" are by
     default the model's own or lead to its last, see ``consistency_sigmas``, those of "trajectory" the model's own or Karras'.

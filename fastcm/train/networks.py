@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # What a network may give up when it is trained on: an absent augmentation label contributes nothing, and the log
 # variance belongs to the loss it was trained with.
 DROPPABLE = ("map_augment.", "logvar_")
-# What it may get besides: a second time, which has no effect at first.
+# What it may get besides: a second time, which begins as the network says.
 SECOND_TIME = ("map_layer0_s.", "map_layer1_s.", ".affine_s.")
 
 
