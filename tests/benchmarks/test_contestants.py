@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks import bench_step, step
 from benchmarks.contestants import NETWORKS, Setup, backend, ours, plain, tf32
 from benchmarks.plain import PlainUNet
-from benchmarks.step_time import measure_step
+from benchmarks.step_time import WARM_UP, measure_step
 from fastcm.kernels.runtime.fallback import is_strict
 from fastcm.nn.build import build_network
 from fastcm.random import Stream
@@ -83,7 +83,7 @@ def test_a_step_is_measured_after_its_warm_up():
     calls = []
     result = measure_step(lambda: calls.append(torch.ones(2).sum()), images=7, device=CPU, budget_s=0.0)
     assert result["step_ms"]["n"] == 5
-    assert len(calls) == 3 + 1 + 5 + 1  # warm-up, one to know how many, those, one to count kernels
+    assert len(calls) == WARM_UP + 1 + 5 + 1  # warm-up, one to know how many, those, one to count kernels
     assert result["images_per_s"] == pytest.approx(7e3 / result["step_ms"]["median"])
     assert result["peak_memory_bytes"] is None
 
