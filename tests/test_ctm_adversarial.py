@@ -236,7 +236,7 @@ def test_the_discriminator_is_shown_the_batch_and_the_jumps_that_the_generator_w
 
 def test_turns_are_counted_from_the_first_batch_of_the_stage():
     adversary = adversary_of(first_image=100, start_images=40, period=3)
-    turns = [(adversary.active(image), adversary.has_turn(image, 16)) for image in range(100, 260, 16)]
+    turns = [(adversary.active(image), adversary.trains_discriminator(image, 16)) for image in range(100, 260, 16)]
     assert turns == [(False, False)] * 3 + [(True, False), (True, True), (True, True)] * 2 + [(True, False)]
 
 

@@ -118,7 +118,7 @@ def test_replayed_steps_equal_plain_ones_on_a_gpu(name, compiled, monkeypatch):
 
 def num_recorded(phase):
     """Recordings of the student's turn and of the discriminator's."""
-    turns = phase._learn, phase._learn_to_judge
+    turns = phase._student_step, phase._discriminator_step
     return tuple(sum(recording.replay is not None for recording in turn._recordings.values()) for turn in turns)
 
 

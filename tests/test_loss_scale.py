@@ -38,8 +38,8 @@ def gradients(name, monkeypatch, dtype, loss_scale, loss_factor=1.0):
     batch = phase.loader.batch(3 * 8)
     schedule = {key: torch.tensor(value) for key, value in phase.objective.schedule(0).items()}
     prepared = phase.gradient.prepare(batch, 3 * 8)
-    scale = None if loss_scale is None else torch.tensor(loss_scale * loss_factor)
-    phase.gradient(prepared, schedule, scale)
+    phase.gradient.loss_scale = None if loss_scale is None else torch.tensor(loss_scale * loss_factor)
+    phase.gradient(prepared, schedule)
     found = {name: p.grad for name, p in phase.model.net.named_parameters() if p.grad is not None}
     return {name: grad / (1.0 if loss_scale is None else loss_scale) for name, grad in found.items()}
 

@@ -1,11 +1,14 @@
 """Samplers and ``sample``: exactness on a known ODE, evaluation counts, reproducibility at any batch size."""
 
+import inspect
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
+from fastcm.cli.samples import sample as sample_command
 from fastcm.diffusion.noise_schedules import karras_sigmas
 from fastcm.diffusion.preconditioners import EDM, IDDPM, VE, VP, EDMBoundary
 from fastcm.errors import ConfigError
@@ -25,7 +28,7 @@ from fastcm.sampling import (
 )
 from fastcm.sampling.churn import Churn
 from fastcm.sampling.common import clip_range
-from fastcm.sampling.generate import SAMPLERS, choose_labels
+from fastcm.sampling.generate import SAMPLERS, SamplerOptions, choose_labels
 
 SHAPE = (3, 8, 8)
 SIGMA_DATA = 0.5
@@ -396,3 +399,14 @@ def test_missing_noise_or_grid_says_why(sample):
 def test_an_unknown_choice_of_the_generalised_sampler_says_why(option):
     with pytest.raises(ConfigError, match=f"{option}.*other"):
         Ablation(**{option: "other"})
+
+
+def test_the_command_line_and_the_function_offer_every_sampler_and_option():
+    offered = next(option for option in sample_command.params if option.name == "sampler").type.choices
+    (literal, _) = get_args(get_type_hints(sample)["sampler"])
+    assert tuple(offered) == get_args(literal) == tuple(SAMPLERS)
+    options = set().union(*(entry.options for entry in SAMPLERS.values()))
+    assert options == set(SamplerOptions.__annotations__)
+    assert options <= {option.name for option in sample_command.params}
+    for entry in SAMPLERS.values():
+        assert set(entry.options) <= set(inspect.signature(entry.run).parameters)

@@ -9,6 +9,7 @@ from fastcm.diffusion.preconditioners import Preconditioner
 from fastcm.diffusion.trajectory import Trajectory
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import Model
+from fastcm.objectives.distances import PERCEPTUAL
 from fastcm.random import Stream
 
 
@@ -67,12 +68,17 @@ class Objective:
     precond: Preconditioner  # to train with
     trajectory: Trajectory = Trajectory()  # how jumps are made of a network with a second time
     needs_teacher: bool = False
-    perceptual: str | None = None  # the distance by frozen networks that is measured with
 
     @property
     def sampling_precond(self) -> Preconditioner:
         """The preconditioner to sample the trained network with; by default the one it is trained with."""
         return self.precond
+
+    @property
+    def perceptual(self) -> str | None:
+        """The distance, where that is by frozen networks."""
+        distance = getattr(self, "distance", None)
+        return distance if distance in PERCEPTUAL else None
 
     def schedule(self, images: int) -> dict[str, float]:
         """What changes with the number of images seen in this phase; ``loss`` takes it back as 0-d fp32 tensors."""

@@ -5,7 +5,7 @@ holds what is drawn and computed, ``fastcm.train.ctm_step`` puts it together.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,9 +18,10 @@ from fastcm.diffusion.preconditioners import EDM, EDMBoundary, Preconditioner
 from fastcm.diffusion.trajectory import Trajectory
 from fastcm.errors import ConfigError
 from fastcm.model import Model
+from fastcm.nn.network import Cut
 from fastcm.objectives.base import Networks, Objective
 from fastcm.objectives.consistency import ode_step
-from fastcm.objectives.distances import ALL_DISTANCES, PERCEPTUAL, distance_between
+from fastcm.objectives.distances import ALL_DISTANCES, distance_between
 from fastcm.random import Stream
 
 INNER = {"edm": EDM, "edm_boundary": EDMBoundary}
@@ -79,7 +80,7 @@ class CTM(Objective):
     target_halflife_images: float = 177_360.0
     dsm: Literal["adaptive", "fixed", "none"] = "adaptive"
     dsm_weight: float = 1.0
-    adaptive_layer: Literal["head", "block"] = "head"
+    adaptive_layer: Cut = "head"
     p_mean: float = -1.2
     p_std: float = 1.2
     dsm_place: float = 0.7
@@ -91,7 +92,7 @@ class CTM(Objective):
     def __post_init__(self) -> None:
         weights = {*WEIGHTS, "uniform_g"} - {"inverse_gap"}
         choices = {"x_u": X_U, "inner": INNER, "outer": OUTER, "distance": ALL_DISTANCES, "weight": weights}
-        choices |= {"dsm": DSM_WEIGHTS, "estimate_level": ("s", "u"), "adaptive_layer": ("head", "block")}
+        choices |= {"dsm": DSM_WEIGHTS, "estimate_level": ("s", "u"), "adaptive_layer": get_args(Cut)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: expected one of {', '.join(sorted(known))}, got {getattr(self, name)!r}")
@@ -111,11 +112,6 @@ class CTM(Objective):
     def needs_teacher(self) -> bool:
         """Whether x_u is found by a teacher."""
         return self.x_u == "teacher"
-
-    @property
-    def perceptual(self) -> str | None:
-        """The distance where that is by frozen networks."""
-        return self.distance if self.distance in PERCEPTUAL else None
 
     @property
     def trajectory(self) -> Trajectory:

@@ -16,7 +16,7 @@ from fastcm.errors import ConfigError
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.objectives.base import LossTerms, Networks, Objective, TrainingBatch, dropout_key, noise_key
 from fastcm.objectives.consistency import noise_pair, pair_loss, solver_pair
-from fastcm.objectives.distances import ALL_DISTANCES, PERCEPTUAL
+from fastcm.objectives.distances import ALL_DISTANCES
 from fastcm.random import Stream
 
 SOLVERS = ("none", "euler", "heun")
@@ -80,11 +80,6 @@ class DiscreteConsistency(Objective):
     def needs_teacher(self) -> bool:
         """Whether a step of the teacher finds x_(i+1)."""
         return self.solver != "none"
-
-    @property
-    def perceptual(self) -> str | None:
-        """The distance where that is by frozen networks."""
-        return self.distance if self.distance in PERCEPTUAL else None
 
     def schedule(self, images: int) -> dict[str, float]:
         """{"num_levels": N}, the levels of the grid after this many images of the phase."""

@@ -58,7 +58,7 @@ class Adversary:
         """Whether the batch that begins with this global image is part of the adversarial stage."""
         return image >= self.start
 
-    def has_turn(self, image: int, batch_size: int) -> bool:
+    def trains_discriminator(self, image: int, batch_size: int) -> bool:
         """Whether the batch that begins with this global image trains the discriminator."""
         return self.active(image) and (image - self.start) // batch_size % self.config.period != 0
 

@@ -90,9 +90,11 @@ class CTMStep:
         compiled: bool,
         adversary: Adversary | None = None,
         recorder: graphs.Recorder | None = None,
+        loss_scale: Tensor | None = None,
     ) -> None:
+        """loss_scale: 0-d factor on the gradient, read anew by every call."""
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
-        self.adversary = adversary
+        self.adversary, self.loss_scale = adversary, loss_scale
         self._tail = networks.student.net.tail(objective.adaptive_layer)
         self._begin = graphs.graphed(self._draw, recorder)
         # A graph of its own, replayed k times: one recording serves every number of solver steps.
@@ -119,14 +121,11 @@ class CTMStep:
         num_steps = self.objective.num_solver_steps(self.seed, first_image)
         return num_steps, torch.full((), float(num_steps), device=batch.index.device)
 
-    def __call__(self, work: Work, schedule: Mapping[str, Tensor], loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Consistency loss and noise level t of every image, detached; a CUDA graph can hold it.
-
-        schedule: of the objective, which has none. loss_scale: factor on the gradient, 0-d.
-        """
+    def __call__(self, work: Work, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Consistency loss and noise level t of every image, detached; a CUDA graph can hold it. CTM has no schedule."""
         num_images, losses = sum(len(task.batch.index) for task in work.tasks), []
         for task in work.tasks:
-            losses.append(self.accumulate(task, len(task.batch.index) / num_images, work.adversarial, loss_scale))
+            losses.append(self.accumulate(task, len(task.batch.index) / num_images, work.adversarial))
         return torch.cat(losses), torch.cat([task.jumps.t_N for task in work.tasks])
 
     def prepare_discriminator(self, batch: Batch, first_image: int) -> tuple[Batch, Float[Tensor, ""]]:
@@ -178,10 +177,8 @@ class CTMStep:
         at_sigma = None if self.objective.dsm == "none" else self._noised(batch, dsm_sigma_N, dsm_noise)
         return self._noised(batch, jumps.t_N, noise), at_sigma
 
-    def accumulate(
-        self, task: Task, share: float = 1.0, adversarial: bool = False, loss_scale: Tensor | None = None
-    ) -> Float[Tensor, " N"]:
-        """Add the gradient of a task, times ``share`` and loss_scale; returns the consistency loss of each image, detached.
+    def accumulate(self, task: Task, share: float = 1.0, adversarial: bool = False) -> Float[Tensor, " N"]:
+        """Add the gradient of a task, times ``share`` and the loss scale; the consistency loss of each image, detached.
 
         adversarial: whether the adversary has a say.
         """
@@ -194,13 +191,13 @@ class CTMStep:
         features = self._features(points, second, batch.labels)
         leaves = [part.detach().requires_grad_() for part in features.split(len(batch.images))]
         layer = list(self._tail.parameters())
-        loss_N, ctm, gan = self._differentiate(leaves[0], layer, at_t, target_NCHW, jumps, batch, adversarial, loss_scale)
-        total = ctm if gan is None else ctm.plus(gan, self._gan_factor(ctm, gan, loss_scale))
+        loss_N, ctm, gan = self._differentiate(leaves[0], layer, at_t, target_NCHW, jumps, batch, adversarial)
+        total = ctm if gan is None else ctm.plus(gan, self._gan_factor(ctm, gan))
         by_layer, by_features = total
         if task.at_sigma is not None:
             dsm_N = self._denoising(leaves[1], layer, task.at_sigma, batch.images)
-            dsm = _gradients(scaled(dsm_N.mean(), loss_scale), layer, leaves[1])
-            factor = self._dsm_factor(ctm, dsm, loss_scale)
+            dsm = _gradients(scaled(dsm_N.mean(), self.loss_scale), layer, leaves[1])
+            factor = self._dsm_factor(ctm, dsm)
             by_layer = [one + factor * other for one, other in zip(by_layer, dsm.layer, strict=True)]
             by_features = torch.cat([by_features, factor * dsm.features])
         features.backward(share * by_features)
@@ -216,7 +213,6 @@ class CTMStep:
         jumps: Jumps,
         batch: TrainingBatch,
         adversarial: bool,
-        loss_scale: Tensor | None,
     ) -> tuple[Tensor, Gradients, Gradients | None]:
         """Consistency loss per image, its gradients from the cut on, and those of the generator loss if there is one."""
         # A compiled estimate must bear to be differentiated twice, which donated buffers do not. Always: what was compiled for
@@ -225,10 +221,10 @@ class CTMStep:
             estimate_NCHW = self._estimate(features, layer, at_t, jumps, batch.labels)
             image_NCHW = estimate_NCHW.detach().requires_grad_()
             loss_N = self._distance(image_NCHW, target_NCHW, jumps, batch.index)
-            slopes = [torch.autograd.grad(scaled(loss_N.mean(), loss_scale), image_NCHW)[0]]
+            slopes = [torch.autograd.grad(scaled(loss_N.mean(), self.loss_scale), image_NCHW)[0]]
             if adversarial:
                 gan_N = self.adversary.generator_loss(image_NCHW, batch.labels, batch.index)
-                slopes.append(torch.autograd.grad(scaled(gan_N.mean(), loss_scale), image_NCHW)[0])
+                slopes.append(torch.autograd.grad(scaled(gan_N.mean(), self.loss_scale), image_NCHW)[0])
             found = [_gradients(estimate_NCHW, layer, features, slope, again=slope is not slopes[-1]) for slope in slopes]
         return loss_N, found[0], found[1] if adversarial else None
 
@@ -289,20 +285,17 @@ class CTMStep:
         F_NCHW = F_NCHW[:, : self.networks.student.image_shape[0]].float()
         return per_image(point.scalings.c_skip) * point.x_NCHW + per_image(point.scalings.c_out) * F_NCHW
 
-    def _dsm_factor(self, ctm: Gradients, dsm: Gradients, loss_scale: Tensor | None = None) -> Tensor | float:
+    def _dsm_factor(self, ctm: Gradients, dsm: Gradients) -> Tensor | float:
         """lambda: fixed, or the ratio of the two gradients of the weight right after the cut."""
-        if self.objective.dsm == "fixed":
-            return self.objective.dsm_weight
-        return _ratio(ctm, dsm, loss_scale)
+        return self.objective.dsm_weight if self.objective.dsm == "fixed" else self._ratio(ctm, dsm)
 
-    def _gan_factor(self, ctm: Gradients, gan: Gradients, loss_scale: Tensor | None = None) -> Tensor:
+    def _gan_factor(self, ctm: Gradients, gan: Gradients) -> Tensor:
         """The same ratio for the generator loss, within its bounds."""
-        return _ratio(ctm, gan, loss_scale, self.adversary.config.min_weight, self.adversary.config.max_weight)
+        return self._ratio(ctm, gan, self.adversary.config.min_weight, self.adversary.config.max_weight)
 
-
-def _ratio(one: Gradients, other: Gradients, loss_scale: Tensor | None, *bounds: float) -> Tensor:
-    norms = [gradients.layer[0].norm() / (1.0 if loss_scale is None else loss_scale) for gradients in (one, other)]
-    return adaptive_weight(*norms, *bounds)
+    def _ratio(self, ctm: Gradients, other: Gradients, *bounds: float) -> Tensor:
+        scale = 1.0 if self.loss_scale is None else self.loss_scale
+        return adaptive_weight(ctm.layer[0].norm() / scale, other.layer[0].norm() / scale, *bounds)
 
 
 def _gradients(

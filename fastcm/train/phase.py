@@ -65,13 +65,13 @@ class Phase:
         augment = AugmentPipe.edm_cifar10(self.settings.augment) if self.settings.augment else None
         self.loader = Loader(data, self.settings.batch_size, config.seed, device, xflip=config.data.xflip, augment=augment)
         self.adversary = self._build_adversary()
+        self.loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         recorder = graph_recorder(config, device)
         self.gradient = self._build_gradient(compile_step(config, device), recorder)
-        self.loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         self.meter = LossMeter(device)
-        # Each turn is one CUDA graph from its inputs to the last write of its state.
-        self._learn = graphed(self._student_turn, recorder)
-        self._learn_to_judge = graphed(self._discriminator_turn, recorder)
+        # Each is one CUDA graph from its inputs to the last write of its state.
+        self._student_step = graphed(self._plain_student_step, recorder)
+        self._discriminator_step = graphed(self._plain_discriminator_step, recorder)
 
     def _build_model(self, data: ResidentDataset) -> Model:
         header, settings = self.header, self.settings
@@ -101,7 +101,10 @@ class Phase:
 
     def _build_gradient(self, compiled: bool, recorder: Recorder | None) -> GradientStep | CTMStep:
         options = (self.networks, self.objective, self.config.seed, self.settings.microbatch_size, compiled)
-        return CTMStep(*options, self.adversary, recorder) if isinstance(self.objective, CTM) else GradientStep(*options)
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        if isinstance(self.objective, CTM):
+            return CTMStep(*options, self.adversary, recorder, scale)
+        return GradientStep(*options, scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,25 +157,24 @@ class Phase:
             self._promote_student()
         first_image = self.first_image + self.images
         batch = self.loader.batch(first_image)
-        if self.adversary is not None and self.adversary.has_turn(first_image, size):
+        if self.adversary is not None and self.adversary.trains_discriminator(first_image, size):
             lr = self._scalar(self.adversary.learning_rate(self.images, self.settings.duration_images))
-            self._learn_to_judge(*self.gradient.prepare_discriminator(batch, first_image), lr)
+            self._discriminator_step(*self.gradient.prepare_discriminator(batch, first_image), lr)
         else:
             schedule = {key: self._scalar(value) for key, value in self.objective.schedule(self.images).items()}
             prepared = self.gradient.prepare(batch, first_image)
-            self._learn(prepared, schedule, self._scalar(self.learning_rate), self._ema_betas())
+            self._student_step(prepared, schedule, self._scalar(self.learning_rate), self._ema_betas())
         self.images += size
 
-    def _student_turn(self, prepared: Batch | Work, schedule: dict[str, Tensor], lr: Tensor, ema_betas: Tensor) -> None:
-        scale = None if self.loss_scale is None else self.loss_scale.scale
-        loss_N, sigma_N = self.gradient(prepared, schedule, scale)
-        finite, norm = self.optimizer.step(lr, ema_betas, scale)
+    def _plain_student_step(self, prepared: Batch | Work, schedule: dict[str, Tensor], lr: Tensor, ema_betas: Tensor) -> None:
+        loss_N, sigma_N = self.gradient(prepared, schedule)
+        finite, norm = self.optimizer.step(lr, ema_betas, self.gradient.loss_scale)
         self.model.net.constrain_weights(finite)
         if self.loss_scale is not None:
             self.loss_scale.update(finite)
         self.meter.add(loss_N, sigma_N, norm, finite)
 
-    def _discriminator_turn(self, batch: Batch, num_steps: Tensor, lr: Tensor) -> None:
+    def _plain_discriminator_step(self, batch: Batch, num_steps: Tensor, lr: Tensor) -> None:
         self.gradient.train_discriminator(batch, num_steps)
         self.adversary.step(lr)
 

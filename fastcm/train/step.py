@@ -16,8 +16,18 @@ class GradientStep:
     Noise, noise levels and dropout masks are keyed by the global sample index, so the split changes rounding only.
     """
 
-    def __init__(self, networks: Networks, objective: Objective, seed: int, microbatch_size: int, compiled: bool) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        objective: Objective,
+        seed: int,
+        microbatch_size: int,
+        compiled: bool,
+        loss_scale: Tensor | None = None,
+    ) -> None:
+        """loss_scale: 0-d factor on the gradient, read anew by every call."""
         self.networks, self.objective, self.seed, self.microbatch_size = networks, objective, seed, microbatch_size
+        self.loss_scale = loss_scale
         self._loss = graphs.compiled(self._plain_loss, compiled)
 
     def _plain_loss(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -28,15 +38,12 @@ class GradientStep:
         """What a call takes of a batch: here the batch itself, wherever in the run it stands."""
         return batch
 
-    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor], loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss and noise level of every sample, detached; nothing here depends on the host, so a CUDA graph can hold it.
-
-        loss_scale: factor on the gradient, 0-d.
-        """
+    def __call__(self, batch: Batch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and noise level of every sample, detached; nothing here depends on the host, so a CUDA graph can hold it."""
         losses, sigmas = [], []
         for part in parts_of(batch, self.microbatch_size):
             loss_N, sigma_N = self._loss(part, schedule)
-            scaled(loss_N.sum() / len(batch.index), loss_scale).backward()
+            scaled(loss_N.sum() / len(batch.index), self.loss_scale).backward()
             losses.append(loss_N.detach())
             sigmas.append(sigma_N.detach())
         return torch.cat(losses), torch.cat(sigmas)
