@@ -342,3 +342,24 @@ def test_feature_networks_without_weights_are_named_before_training(tmp_path):
     run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
     assert run.returncode == 2
     assert "features.discriminator" in run.stderr
+
+
+SMALL_CNN = "mobilenetv3_small_050"
+
+
+@pytest.mark.parametrize(
+    ("features", "objective", "message"),
+    [
+        ({"discriminator": {SMALL_CNN: "tiny.yaml"}, "size": 64}, {}, "features.discriminator (features.size 64)"),
+        ({"discriminator": {SMALL_CNN: "random"}, "size": 32}, {}, "features.discriminator (features.size 32)"),
+        ({"distance": {SMALL_CNN: "tiny.yaml"}, "size": 64}, {"distance": "features", "gan": None}, "features.distance"),
+        ({"lpips": "tiny.yaml"}, {"distance": "lpips", "gan": None}, "features.lpips"),
+    ],
+    ids=["file", "size", "distance", "lpips"],
+)
+def test_feature_networks_that_cannot_be_are_named_before_the_first_phase(tmp_path, features, objective, message):
+    write(tmp_path / "tiny.yaml", {**adversarial_config(**objective), "features": features})
+    run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
+    assert run.returncode in (2, 3)
+    assert f"phases.distill, {message}" in run.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -322,3 +322,19 @@ def test_a_teacher_keeps_its_convolutions_in_the_dtype_they_are_used_in(kind):
     again = Phase(config, "distill", data, device, 0)
     again.load_tensors({name: value.clone() for name, value in phase.tensors().items()}, phase.images, Path("saved"))
     assert all(torch.equal(value, teacher[name]) for name, value in again.networks.teacher.net.state_dict().items())
+
+
+def test_a_phase_that_ends_before_its_last_stage_says_so(tmp_path):
+    write_config(tmp_path / "tiny.yaml", "pd", duration_images=48)
+    run = run_cli(tmp_path, "train", "tiny.yaml", "--out", "run")
+    assert run.returncode == 0, run.stderr
+    assert "phases.distill ends at 2 steps, not at end_steps 1: 48 images hold too few stages of 32" in run.stderr
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
+    config = config_of("pd")
+    config["phases"]["distill"]["objective"] = {**OBJECTIVES["pd"], "sigma_min": 90.0}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    run = run_cli(tmp_path, "train", "tiny.yaml", "--dry-run")
+    assert run.returncode == 2
+    assert "phases.distill.objective: a grid needs 0 < sigma_min < sigma_max" in run.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import run_cli
 from recorded_calls import OperatorRecorder
 from test_ctm import GAN
 from test_training import TINY
@@ -9,7 +10,6 @@ from test_training import TINY
 from fastcm.config import parse_config
 from fastcm.data.dataset import load_resident
 from fastcm.data.sources import open_source
-from fastcm.errors import ConfigError
 from fastcm.graphs import WARMUP_CALLS, CudaRecorder
 from fastcm.kernels.optimizer import reference
 from fastcm.objectives import consistency
@@ -182,9 +182,12 @@ def test_a_cpu_replays_nothing(cuda_graph):
     assert graph_recorder(config_of(CASES["ect"], "cpu", cuda_graph=cuda_graph), torch.device("cpu")) is None
 
 
-def test_graphs_asked_for_on_a_cpu_are_a_configuration_error():
-    with pytest.raises(ConfigError, match=r"compute.cuda_graph is 'on', but .* CPU"):
-        graph_recorder(config_of(CASES["ect"], "cpu", cuda_graph="on"), torch.device("cpu"))
+def test_graphs_asked_for_on_a_cpu_are_refused_before_the_run_folder_is_touched(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(parse_config(TINY, "tiny").to_yaml())
+    run = run_cli(tmp_path, "train", "tiny.yaml", "compute.cuda_graph=on", "--out", "run")
+    assert run.returncode == 2
+    assert "compute.cuda_graph is 'on', but a CPU has no graphs" in run.stderr
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.gpu

@@ -115,3 +115,11 @@ def test_a_run_in_fp16_logs_its_scale_and_resumes_bit_for_bit(tmp_path):
     assert any(line["loss"] for line in lines[-4:])  # it found a scale that does not overflow
     one, two = ((tmp_path / name / "tune.safetensors").read_bytes() for name in ("whole", "part"))
     assert one == two
+
+
+def test_a_phase_without_a_finite_step_is_no_success(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(parse_config({**TINY, "compute": {"dtype": "float16"}}, "tiny").to_yaml())
+    run = run_cli(tmp_path, "train", "tiny.yaml", "phases.pretrain.duration_images=32", "--out", "run")
+    assert run.returncode == 1
+    assert "training diverged: no finite step" in run.stderr
+    assert "all 2 steps left out, not finite, loss scale now 16384" in run.stderr

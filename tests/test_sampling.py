@@ -410,3 +410,25 @@ def test_the_command_line_and_the_function_offer_every_sampler_and_option():
     assert options <= {option.name for option in sample_command.params}
     for entry in SAMPLERS.values():
         assert set(entry.options) <= set(inspect.signature(entry.run).parameters)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 2.5}, "steps: expected a whole number"),
+        ({"num": 2.0}, "num and batch_size must be whole numbers"),
+        ({"seed": -1}, "seed: expected a whole number"),
+        ({"seed": 2**40}, "seed: expected a whole number"),
+        ({"rho": math.nan}, "rho: expected a finite number"),
+        ({"rho": -7.0}, "rho: expected a finite number"),
+        ({"sampler": "dpm", "midpoint_rho": 500.0}, "midpoint_rho: expected a number from 1 to 10"),
+        ({"sampler": "dpm", "midpoint_rho": 1e-3}, "midpoint_rho: expected a number from 1 to 10"),
+        ({"sampler": "heun", "s_churn": "a"}, "s_churn: expected a number"),
+        ({"sampler": "heun", "s_noise": 1.003}, "s_noise: there is no churn without s_churn"),
+        ({"sampler": "heun", "s_churn": 1.0, "s_noise": 1e30}, "s_noise: expected a finite number from 0 to 100"),
+        ({"labels": torch.full((2, 4), math.nan)}, "labels: one-hot rows must be finite"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        sample(unet_model(label_dim=4), **{"num": 2, "steps": 3, **arguments})

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastcm.errors import CheckpointError
+from fastcm.config import UNetConfig
+from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.edm_layout import from_edm, to_edm
 from fastcm.nn import FAMILIES, UNet
+from fastcm.nn.build import build_network
 from fastcm.nn.layers import GroupNorm, store_convolutions
 from fastcm.random import Stream
 
@@ -388,3 +390,8 @@ def test_convolutions_stored_in_the_dtype_they_are_used_in_give_the_same_bits(fa
     assert sum(weight.numel() for weight in stored.values()) >= 0.9 * whole * (dtype != torch.float32)
     assert all(weight.ndim == 4 and weight.is_contiguous(memory_format=CHANNELS_LAST) for weight in stored.values())
     assert all(weight.dtype == torch.float32 for name, weight in unet.named_parameters() if name not in stored)
+
+
+def test_fewer_output_channels_than_the_image_has_are_refused():
+    with pytest.raises(ConfigError, match="out_channels is 2, but the images have 3 channels"):
+        build_network(UNetConfig(family="adm", model_channels=32, out_channels=2), (3, 32, 32), 0, 0)

@@ -21,9 +21,11 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
     fastcm train ect_cifar10_1hour data.path=cifar-10-binary.tar.gz phases.tune.init=edm.safetensors --out runs/ect
     """
     from fastcm.config import load_config
+    from fastcm.train.build import check_objectives
 
     resolved = load_config(config, overrides)
     if dry_run:
+        check_objectives(resolved)
         click.echo(f"# configuration hash {resolved.hash}\n{resolved.to_yaml()}", nl=False)
         return
     from fastcm.evaluate.digits import evaluate_path

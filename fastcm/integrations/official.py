@@ -96,7 +96,8 @@ def export_official(path: str | Path, file: str | Path, name: Literal["edm", "op
     model, header = model_of_bundle(path, ema)
     family = header.network.get("family")
     if family not in FAMILIES[name]:
-        raise ConfigError(f"a network of the family {family} has no names in the layout '{name}'; it takes {FAMILIES[name]}")
+        known = ", ".join(FAMILIES[name])
+        raise ConfigError(f"a network of the family {family} has no names in the layout '{name}'; it takes {known}")
     source = header.trained.get(SOURCE, {})
     layout = recorded_layout(source, name)
     official = layout.official(model.net.state_dict(), model.net, model.precond)

@@ -34,6 +34,8 @@ def build_network(
 
 
 def _unet(config: UNetConfig, resolution: int, channels: int, **options: float) -> UNet:
+    if config.out_channels and config.out_channels < channels:
+        raise ValueError(f"out_channels is {config.out_channels}, but the images have {channels} channels; leave it out")
     return UNet(
         replace(FAMILIES[config.family], **config.overrides.given()),
         resolution,

@@ -40,5 +40,5 @@ def accelerate(model: Model, *, compile: bool | None = None, cuda_graph: bool | 
         raise ConfigError(f"cuda_graph: the model is on {device}, and CUDA graphs run on CUDA devices only; leave it out")
     compiled, replayed = on_cuda if compile is None else compile, on_cuda and cuda_graph is not False
     if not compiled and not replayed:
-        raise ConfigError(f"accelerate: nothing to do for a model on {device}; use a GPU, or give compile=True")
+        raise ConfigError(f"accelerate: nothing to do for a model on {device}; use a GPU, or leave accelerate out")
     return AcceleratedModel(model, compiled, graphs.CudaRecorder(device) if replayed else None)

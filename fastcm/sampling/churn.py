@@ -10,6 +10,7 @@ from fastcm.errors import ConfigError
 from fastcm.sampling.common import Denoiser, NoiseSource, round_sigmas
 
 MAX_GAMMA = math.sqrt(2) - 1
+MAX_S_NOISE = 100.0  # published values are 1.003 and 1.007
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Churn:
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("s_churn", "s_noise"):
-            if not 0 <= getattr(self, name) < math.inf:  # so that NaN is refused too
-                raise ConfigError(f"{name}: expected a finite number, 0 or above, got {getattr(self, name)}")
+        for name, largest in (("s_churn", math.inf), ("s_noise", MAX_S_NOISE)):
+            if not 0 <= getattr(self, name) <= largest or math.isinf(getattr(self, name)):  # so that NaN is refused too
+                raise ConfigError(f"{name}: expected a finite number from 0 to {largest:g}, got {getattr(self, name)}")
         if not 0 <= self.s_tmin <= self.s_tmax:
             raise ConfigError(f"s_tmin, s_tmax: expected 0 <= s_tmin <= s_tmax, got {self.s_tmin} and {self.s_tmax}")
 

@@ -11,6 +11,8 @@ from fastcm.errors import ConfigError
 from fastcm.sampling.churn import Churn
 from fastcm.sampling.common import Callback, Denoiser, NoiseSource, clip_range, denoise, report, round_sigmas, start
 
+MAX_MIDPOINT_RHO = 10.0  # the last midpoint is 2^-rho of the smallest level, and what is divided by it has errors of fp32
+
 
 @torch.no_grad()
 def sample_dpm(
@@ -37,10 +39,11 @@ def sample_dpm(
     midpoint_rho: take sigma_mid halfway in sigma^(1 / midpoint_rho) instead, also in the last step, with 2 S evaluations. The
     consistency models' code (arXiv 2303.01469) has 3, whose last midpoint lies at an eighth of the smallest level; where the
     model's own smallest level is higher, at that.
-    Other arguments and errors as in ``sample_heun``. Raises ConfigError also for a midpoint_rho that is not above 0.
+    Other arguments and errors as in ``sample_heun``. Raises ConfigError also for a midpoint_rho outside [1, 10].
     """
-    if not midpoint_rho > 0:
-        raise ConfigError(f"midpoint_rho: expected a number above 0, or inf for halfway in log sigma, got {midpoint_rho}")
+    if not (1 <= midpoint_rho <= MAX_MIDPOINT_RHO or midpoint_rho == math.inf):
+        expected = f"a number from 1 to {MAX_MIDPOINT_RHO:g}, or inf for halfway in log sigma"
+        raise ConfigError(f"midpoint_rho: expected {expected}, got {midpoint_rho}")
     churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     x, sigmas = start(x, sigmas, noise, needs_noise=s_churn > 0)
     sigmas = round_sigmas(model, sigmas)

@@ -1,8 +1,10 @@
 """Images from a model, a seed and a number of steps: the same images in batches of any size."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Literal, TypedDict, Unpack
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from fastcm.diffusion.noise_schedules import karras_sigmas
 from fastcm.errors import ConfigError
 from fastcm.model import Model, SamplingDefaults
-from fastcm.random import Stream
+from fastcm.random import MAX_SEED, Stream
 from fastcm.sampling.ancestral import sample_ancestral
 from fastcm.sampling.common import NoiseSource, clip_range, round_sigmas
 from fastcm.sampling.consistency import TWO_STEP_SIGMA, consistency_sigmas, sample_consistency
@@ -86,11 +88,12 @@ def sample(
     Raises ConfigError for arguments that cannot work.
     """
     sampler = model.sampling.sampler if sampler is None else sampler
-    _check(num, batch_size, sampler, mid_sigmas)
+    _check(num, batch_size, seed, sampler, mid_sigmas)
     run = _with_options(sampler, options, model.sampling)
     if steps is None:
         steps = (model.sampling.steps if sampler == model.sampling.sampler else 0) or SAMPLERS[sampler].steps
     device = next(model.parameters()).device
+    _check_grid(steps, rho)
     form = replace(model.sampling, **_given({"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}))
     sigmas = _grid(model, sampler, steps, mid_sigmas, form)
     index = _global_indices(num, index_offset, device)
@@ -133,6 +136,8 @@ def choose_labels(
     labels = labels.expand(len(index)) if labels.ndim == 0 else labels
     if len(labels) != len(index):
         raise ConfigError(f"labels: expected one for each of {len(index)} images, got {len(labels)}")
+    if labels.is_floating_point() and not bool(labels.isfinite().all()):
+        raise ConfigError("labels: one-hot rows must be finite numbers")
     if labels.ndim == 1 and bool(((labels < 0) | (labels >= label_dim)).any()):
         raise ConfigError(f"labels: class ids must be in [0, {label_dim}), got {labels.min()} to {labels.max()}")
     return labels
@@ -179,13 +184,22 @@ def _sample(
     return sampler(model, x, sigmas, labels=labels, noise=noise).float()
 
 
-def _check(num: int, batch_size: int, sampler: str, mid_sigmas: Sequence[float] | None) -> None:
-    if num < 1 or batch_size < 1:
-        raise ConfigError(f"num and batch_size must be at least 1, got {num} and {batch_size}")
+def _check(num: int, batch_size: int, seed: int, sampler: str, mid_sigmas: Sequence[float] | None) -> None:
+    if not (isinstance(num, Integral) and isinstance(batch_size, Integral)) or num < 1 or batch_size < 1:
+        raise ConfigError(f"num and batch_size must be whole numbers of at least 1, got {num} and {batch_size}")
+    if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed: expected a whole number in [0, 2^32), got {seed}")
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if mid_sigmas is not None and sampler not in ("consistency", "trajectory"):
         raise ConfigError(f"mid_sigmas: the {sampler} sampler has no intermediate levels to choose; leave them out")
+
+
+def _check_grid(steps: int, rho: float | None) -> None:
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ConfigError(f"steps: expected a whole number of at least 1, got {steps}")
+    if rho is not None and not 1 <= rho < math.inf:  # so that NaN is refused too
+        raise ConfigError(f"rho: expected a finite number of at least 1, got {rho}")
 
 
 def _with_options(sampler: str, options: Mapping[str, float | None], own: SamplingDefaults) -> Callable[..., Tensor]:
@@ -196,6 +210,10 @@ def _with_options(sampler: str, options: Mapping[str, float | None], own: Sampli
             others = [other for other, entry in SAMPLERS.items() if name in entry.options]
             place = f"it belongs to {' and '.join(others)}" if others else "nor has any other"
             raise ConfigError(f"{name}: the {sampler} sampler has no such option, {place}; leave it out")
+        if not isinstance(given[name], Real):
+            raise ConfigError(f"{name}: expected a number, got {given[name]!r}")
+        if name in CHURN[1:] and not given.get("s_churn"):
+            raise ConfigError(f"{name}: there is no churn without s_churn above 0; give that too, or leave {name} out")
     defaults = {"consistency": {"sigma_min": own.renoise_sigma_min}, "trajectory": {"gamma": own.gamma}}
     return partial(SAMPLERS[sampler].run, **{**defaults.get(sampler, {}), **given})
 

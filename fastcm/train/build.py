@@ -103,6 +103,15 @@ def open_dataset(config: DataConfig, device: torch.device) -> ResidentDataset:
     return load_resident(source, device=device)
 
 
+def check_objectives(config: Config) -> None:
+    """Build the objective of every phase, and let it go; raises ConfigError naming the phase of one that cannot work."""
+    for name, phase in config.phases.items():
+        try:
+            build_objective(phase.objective)
+        except ConfigError as error:
+            raise ConfigError(f"phases.{name}.objective: {error}") from None
+
+
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a phase's section describes."""
     return OBJECTIVES[config.kind](**config.model_dump(exclude={"kind", "mid_sigmas", "gamma", "gan"}))

@@ -1,5 +1,6 @@
 """What can be known before the first step: every phase's network is possible and finds the weights it starts from."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.bundle import BundleHeader, model_from_header, read_header, resolve_bundle
 from fastcm.nn.features import check_feature_network
 from fastcm.objectives import ProgressiveDistillation
+from fastcm.train.adversary import Adversary
 from fastcm.train.build import build_objective
-from fastcm.train.networks import teacher_source
+from fastcm.train.networks import perceptual_distance, teacher_source
 from fastcm.train.phase import phase_header
+
+log = logging.getLogger("fastcm")
+
+CPU = torch.device("cpu")
 
 
 def check_phases(config: Config, data: ResidentDataset, first: str, resumed: bool = False) -> None:
@@ -24,6 +30,8 @@ def check_phases(config: Config, data: ResidentDataset, first: str, resumed: boo
     Raises ConfigError for a network or an order of phases that cannot work, CheckpointError for a bundle that is missing,
     damaged or of another architecture.
     """
+    if config.compute.cuda_graph == "on" and data.images.device.type != "cuda":
+        raise ConfigError("compute.cuda_graph is 'on', but a CPU has no graphs: set it to 'auto' or 'off'")
     names = list(config.phases)
     for number, name in enumerate(names):
         header, settings = phase_header(config, name, data), config.phases[name]
@@ -31,6 +39,8 @@ def check_phases(config: Config, data: ResidentDataset, first: str, resumed: boo
             model_from_header(header, origin=Path(name))
         before = phase_header(config, names[number - 1], data) if number else None
         _check_needs(name, settings, config.features, header)
+        if number >= names.index(first):
+            _build_frozen(name, settings, config, header)
         if number > names.index(first) or (number == names.index(first) and not resumed):
             _check_start(name, settings, header, before)
         if number >= names.index(first):
@@ -38,7 +48,8 @@ def check_phases(config: Config, data: ResidentDataset, first: str, resumed: boo
 
 
 def _check_needs(name: str, settings: PhaseConfig, features: FeaturesConfig, header: BundleHeader) -> None:
-    """The network and the feature networks are what the objective asks for."""
+    """The network and the feature networks are what the objective asks for, and progressive distillation gets to its end."""
+    _check_last_stage(name, settings)
     gan = getattr(settings.objective, "gan", None)
     if isinstance(settings.objective, CTMObjectiveConfig):
         if not header.network.get("second_time"):
@@ -64,6 +75,17 @@ def _check_needs(name: str, settings: PhaseConfig, features: FeaturesConfig, hea
         _check_sources({"lpips": features.lpips}, "features")
 
 
+def _check_last_stage(name: str, settings: PhaseConfig) -> None:
+    objective = build_objective(settings.objective)
+    if isinstance(objective, ProgressiveDistillation):
+        reached = objective.sampling_steps(settings.duration_images - 1)
+        if reached > objective.end_steps:
+            log.warning(
+                "phases.%s ends at %d steps, not at end_steps %d: %d images hold too few stages of %d",
+                *(name, reached, objective.end_steps, settings.duration_images, objective.stage_images),
+            )
+
+
 def _check_networks(phase: str, use: str, sources: Mapping[str, str], size: int) -> None:
     """There are such feature networks for images of this size, and weights for them."""
     for name, source in sources.items():
@@ -80,6 +102,20 @@ def _check_sources(sources: Mapping[str, str], section: str) -> None:
     for name, source in sources.items():
         if source not in ("download", "random") and not Path(source).is_file():
             raise CheckpointError(f"{section}.{name}: there is no file '{source}'")
+
+
+def _build_frozen(name: str, settings: PhaseConfig, config: Config, header: BundleHeader) -> None:
+    """Build distance and discriminator once, and let them go: files of other networks are found now, not after a phase."""
+    gan, distance = getattr(settings.objective, "gan", None), build_objective(settings.objective).perceptual
+    for use, build in (
+        ("distance", lambda: distance and perceptual_distance(distance, config.features, config.seed, CPU)),
+        ("discriminator", lambda: gan and Adversary(gan, config.features, header.label_dim, config.seed, 0, CPU)),
+    ):
+        try:
+            build()
+        except (ConfigError, CheckpointError) as error:
+            section = "lpips" if (use, distance) == ("distance", "lpips") else use
+            raise type(error)(f"phases.{name}, features.{section} (features.size {config.features.size}): {error}") from None
 
 
 def _check_start(name: str, settings: PhaseConfig, header: BundleHeader, before: BundleHeader | None) -> None:

@@ -76,12 +76,10 @@ class Telemetry:
         entry = {"phase": self.phase, "images": images_total, "phase_images": images, **values, "images_per_s": round(rate, 1)}
         self.run.append_metrics(entry)
         left = max(self.duration_images - images, 0) / rate if rate > 0 else float("inf")
-        loss = "not finite" if values["loss"] is None else f"{values['loss']:.4g}"
-        self.bar.set_postfix_str(f"loss {loss}")
+        loss = _loss_in_words(values)
+        self.bar.set_postfix_str(loss)
         if self.bar.disable:
-            log.info(
-                "%s %d/%d images, loss %s, %.0f img/s, %.0f s left", self.phase, images, self.duration_images, loss, rate, left
-            )
+            log.info("%s %d/%d images, %s, %.0f img/s, %.0f s left", self.phase, images, self.duration_images, loss, rate, left)
         self.logged_images, self.busy_since = images, time.perf_counter()
 
     def resume_clock(self) -> None:
@@ -91,3 +89,13 @@ class Telemetry:
     def close(self) -> None:
         """End the bar."""
         self.bar.close()
+
+
+def _loss_in_words(values: Mapping[str, Any]) -> str:
+    """The mean loss, or why there is none."""
+    if values["loss"] is not None:
+        return f"loss {values['loss']:.4g}"
+    if not values["skipped_steps"]:
+        return "no step of the generator"
+    scale = f", loss scale now {values['loss_scale']:g}" if "loss_scale" in values else ""
+    return f"all {values['skipped_steps']} steps left out, not finite{scale}"

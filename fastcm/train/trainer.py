@@ -15,7 +15,7 @@ from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import ConfigError, FastcmError, Interrupted
 from fastcm.io.images import save_grid
 from fastcm.sampling.generate import sample
-from fastcm.train.build import compute_settings, open_dataset, resolve_network, select_device
+from fastcm.train.build import check_objectives, compute_settings, open_dataset, resolve_network, select_device
 from fastcm.train.checkpoint import load_newest, save_checkpoint
 from fastcm.train.ema_snapshots import SnapshotWriter, drop_later_snapshots
 from fastcm.train.phase import Phase
@@ -44,6 +44,7 @@ def train(config: Config, out: Path) -> RunFolder:
     Raises ConfigError, DataError or CheckpointError for what a user can mend, Interrupted after a signal once the state
     is saved.
     """
+    check_objectives(config)
     run, config = RunFolder(out), resolve_network(config)
     device = select_device(config.compute.device)
     with run.locked(), compute_settings(config.compute), stop_flag() as stop:
@@ -171,7 +172,8 @@ class Trainer:
 
 
 def _require_progress(phase: Phase, values: Mapping[str, Any]) -> None:
-    searching = values.get("loss_scale", 1.0) > 1.0  # for a loss scale at which gradients are finite
+    # A loss scale above 1 is still on its way down to where gradients are finite, but not beyond the end of the phase.
+    searching = values.get("loss_scale", 1.0) > 1.0 and not (phase.finished and phase.optimizer.num_steps.item() == 0)
     # None of either: the discriminator had the whole interval.
     if values["loss"] is None and values["skipped_steps"] and not searching:
         raise FastcmError(
