@@ -7,14 +7,13 @@ ratio of the medians: above 1 leaving them out is faster.
 """
 
 import argparse
-import json
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from benchmarks.contestants import NETWORKS, random_dataset
-from benchmarks.step import CONFIGS, measure
+from benchmarks.step import CONFIGS, measure, write_result
 from fastcm.config import load_config
 from fastcm.train.build import keep_freed_memory
 from fastcm.train.phase import Phase
@@ -49,11 +48,10 @@ def main() -> None:
 
     medians = measure({"all_rows": all_rows, "fastcm": phase.step}, arguments.rounds)
     ratio = medians["all_rows"] / medians["fastcm"]
-    facts = {"config": arguments.config, "batch_size": arguments.batch_size, "q": arguments.q, "torch": torch.__version__}
-    facts |= {"threads": torch.get_num_threads(), **medians, "ratio": ratio}
-    print(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()))
+    print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items()) + f", ratio {ratio:.2f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(facts, indent=1))
+        options = {name: getattr(arguments, name) for name in ("config", "batch_size", "q", "rounds")}
+        write_result(arguments.json, "boundary", options, medians | {"ratio": ratio})
 
 
 if __name__ == "__main__":

@@ -57,6 +57,25 @@ class Setup(NamedTuple):
         return load_config(name, [*options, "data.xflip=false", f"compute.device={self.device.type}", *compute, *further])
 
 
+class Contestant(NamedTuple):
+    """A step to measure: how it is made, and how it runs.
+
+    dtype: of its convolutions. cuda_graph: the whole step is replayed.
+    """
+
+    make: Callable[[], Step]
+    dtype: str
+    tf32: bool = True
+    compiled: bool = False
+    cuda_graph: bool = False
+
+    @property
+    def mode(self) -> dict[str, str | bool]:
+        """What stands beside its numbers; TF32 is a property of fp32 products."""
+        tf32 = self.dtype == "float32" and self.tf32
+        return {"dtype": self.dtype, "tf32": tf32, "compiled": self.compiled, "cuda_graph": self.cuda_graph}
+
+
 def random_dataset(resolution: int, channels: int, device: torch.device, num: int = 512) -> ResidentDataset:
     """Images of random pixels: the time of a step does not depend on what they show."""
     index = torch.arange(num, device=device)
@@ -85,6 +104,19 @@ def plain(setup: Setup, compiled: bool = False) -> PlainStep:
     images: Tensor = to_unit_range(start.loader.dataset.images).contiguous()
     arguments = (net, images, setup.batch_size, setup.objective)
     return CompiledPlainStep(*arguments, compiler=setup.compiler) if compiled else PlainStep(*arguments)
+
+
+def our_contestant(setup: Setup, dtype: str, compiled: bool, *further: str) -> Contestant:
+    """``ours`` as its configuration runs it: on CUDA the whole step is one graph unless a further override says otherwise."""
+    graph = setup.device.type == "cuda" and setup.config(dtype, compiled, *further).compute.cuda_graph != "off"
+    return Contestant(lambda: ours(setup, dtype, compiled, *further).step, dtype, compiled=compiled, cuda_graph=graph)
+
+
+def plain_contestants(setup: Setup) -> dict[str, Contestant]:
+    """The baselines by name, the fair one first; none of them is replayed as a graph."""
+    literal = Contestant(lambda: plain(setup), "float32", tf32=False)
+    compiled = Contestant(lambda: plain(setup, compiled=True), "bfloat16", compiled=True)
+    return {"compiled bf16": compiled, "eager fp32": literal, "eager tf32": literal._replace(tf32=True)}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu_size import GPU_TESTS
 from fastcm.bench.cases import cases
 from fastcm.bench.measure import OK
 from fastcm.bench.report import text_table
@@ -145,13 +146,21 @@ def speed(result: Result) -> Found | None:
     return mine and Found(mine["images_per_s"])
 
 
+def convolution_floor(conv: Mapping[str, float], batch: int) -> float:
+    """Milliseconds of an ECT step's convolutions alone: two forward passes and both gradients at the times cuDNN needed.
+
+    It counts the gradient of the images too, which a step does not need: that of the first convolution.
+    conv: the ceiling of the network's convolutions, measured at a batch size of its own.
+    """
+    return (2 * conv["fprop_ms"] + conv["dgrad_ms"] + conv["wgrad_ms"]) * batch / conv["batch"]
+
+
 def conv_share(result: Result) -> Found | None:
-    """Time of a step's convolutions alone (two forward passes, both gradients) over that of the whole step."""
+    """Time of a step's convolutions alone over that of the whole step."""
     mine, conv = item(result, "ect-128", "fastcm triton"), item(result, "ceilings", "conv ddpmpp32")
     if not mine or not conv:
         return None
-    alone = (2 * conv["fprop_ms"] + conv["dgrad_ms"] + conv["wgrad_ms"]) * mine["batch"] / conv["batch"]
-    return Found(alone / mine["step_ms"]["median"])
+    return Found(convolution_floor(conv, mine["batch"]) / mine["step_ms"]["median"])
 
 
 def sampling_overhead(result: Result) -> Found | None:
@@ -161,9 +170,11 @@ def sampling_overhead(result: Result) -> Found | None:
 
 
 def failed_tests(result: Result) -> Found | None:
-    """Files with a test for a GPU that fails."""
-    part = result["parts"].get("correctness")
-    return part and Found(sum("error" in value for value in part["items"].values()), len(part["items"]), len(part["items"]))
+    """Files with a test for a GPU that fails; None until every such file has run."""
+    items = result["parts"].get("correctness", {"items": {}})["items"]
+    if not set(GPU_TESTS) <= items.keys():
+        return None
+    return Found(sum("error" in items[name] for name in GPU_TESTS))
 
 
 GOALS = (
@@ -193,23 +204,41 @@ GOALS = (
 )  # fmt: skip
 
 
+NOT_MEASURED = "not measured"
 HEADER = ("goal", "wanted", "measured", "outcome")
 
 
 def goal_lines(results: Mapping[str, Result]) -> list[tuple[str, str, str, str]]:
     """Per goal: name, goal, measured value, and whether it was reached or by how much it was missed.
 
-    results: by source; the report tells the device.
+    results: by source; the report tells the device. A value of another source says its commit where that is not the report's.
     """
     facts = item(results["report"], "environment", "environment")
     device = facts["device"] if facts else ""
-    return [(goal.name, goal.wanted, *_outcome(goal, results.get(goal.source), device)) for goal in GOALS]
+    lines = []
+    for goal in GOALS:
+        shown, outcome = _outcome(goal, results.get(goal.source), device)
+        differs = "" if shown == NOT_MEASURED else _other_commit(results["report"], goal.source, results[goal.source])
+        lines.append((goal.name, goal.wanted, shown, outcome + differs))
+    return lines
+
+
+def _other_commit(report: Result, source: str, result: Result) -> str:
+    """Both commits, where they are not the same."""
+    found, expected = commit_of(result), commit_of(report)
+    return "" if found == expected else f" ({source} at commit {found or 'unknown'}, report at {expected or 'unknown'})"
+
+
+def commit_of(result: Result) -> str | None:
+    """The commit that a result was measured at; a report has its environment as a part. None where it does not say."""
+    facts = item(result, "environment", "environment") if "parts" in result else result.get("environment")
+    return facts and facts.get("commit")
 
 
 def _outcome(goal: Goal, result: Result | None, device: str) -> tuple[str, str]:
     found = goal.value(result) if result else None
     if found is None:
-        return "not measured", "-"
+        return NOT_MEASURED, "-"
     shown = f"{found.value:,.3g}" if found.value < 1000 else f"{found.value:,.0f}"
     missed = goal.missed_by(found.value)
     if goal.only_on not in device:
@@ -218,6 +247,14 @@ def _outcome(goal: Goal, result: Result | None, device: str) -> tuple[str, str]:
         return shown, f"missed by {missed:.1%}" if goal.most != 0 else "missed"
     partly = f" on {found.measured} of {found.wanted} shapes, the others were not measured" * (found.measured < found.wanted)
     return shown, "reached" + partly
+
+
+def read_report(path: Path) -> Result:
+    """A report from its file; raises OSError where it cannot be read and ValueError where it is none."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not {"smoke", "parts"} <= report.keys():
+        raise ValueError("no report of a GPU, which has the keys 'smoke' and 'parts'")
+    return report
 
 
 def beside(report: Path) -> dict[str, Result]:
@@ -234,7 +271,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
     path = parser.parse_args().report
-    report = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        report = read_report(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"{path}: {error}; expected a file that python -m benchmarks.gpu_report has written")
+    if report["smoke"]:
+        parser.error(f"{path} is a smoke report of a CPU at toy size: its numbers mean nothing")
     print(text_table(HEADER, goal_lines({"report": report, **beside(path)})))
 
 

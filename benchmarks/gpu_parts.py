@@ -139,14 +139,14 @@ PARTS: dict[str, Callable[[Size], Items]] = {
     "ceilings": ceilings_part,
     "correctness": correctness_part,
     "ect-128": partial(step_part, "ect", 128),
-    "breakdown": breakdown_part,
     "kernels": kernels_part,
-    "sampler": sampler_part,
     "edm-128": partial(step_part, "edm", 128),
-    "peers": peers_part,
     "ect-512": partial(step_part, "ect", 512),
     "edm-512": partial(step_part, "edm", 512),
     "training": training_part,
+    "sampler": sampler_part,
+    "breakdown": breakdown_part,
+    "peers": peers_part,
     "compile-modes": compile_modes_part,
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import Setup, backend, ours, tf32
+from benchmarks.contestants import Contestant, Setup, backend, our_contestant, ours, tf32
 from benchmarks.gpu_size import Items, Size
 from benchmarks.gpu_steps import measured_step
 from benchmarks.peers import NotInstalledError, commit, diffusers_sampler, ect_step, fastgen_step
@@ -19,8 +19,14 @@ from fastcm.model import Model, SamplingDefaults
 from fastcm.nn.build import build_network
 from fastcm.sampling import accelerate, sample
 
-# Item: how its step is made, and whether TF32 is allowed; the first word is the peer.
-STEPS = {"ect tf32": (ect_step, True), "fastgen amp": (fastgen_step, False), "ect fp32": (ect_step, False)}
+Load = Callable[[Size], Model]
+
+# Item: how its step is made, its dtype, and whether TF32 is allowed; the first word is the peer. None is compiled.
+STEPS = {
+    "ect tf32": (ect_step, "float32", True),
+    "fastgen amp": (fastgen_step, "bfloat16", False),
+    "ect fp32": (ect_step, "float32", False),
+}
 
 
 def sampler_part(size: Size) -> Items:
@@ -28,31 +34,29 @@ def sampler_part(size: Size) -> Items:
     for name in size.backends:
         for num in size.samples:
             for steps in (1, 2):
-                yield f"fastcm {name}, {steps} steps, batch {num}", partial(_sample, size, name, num, steps, _sampling_model)
+                yield f"fastcm {name}, {steps} steps, batch {num}", partial(_sample, size, name, num, steps, _own_model)
+    name = size.backends[0]
     for num in size.samples:
-        yield (
-            f"fastcm {size.backends[0]} as loaded, batch {num}",
-            partial(_sample, size, size.backends[0], num, 1, _loaded_model),
-        )
+        yield f"fastcm {name} as loaded, batch {num}", partial(_sample, size, name, num, 1, _own_model, fast=False)
 
 
 @cache
-def _loaded_model(size: Size, name: str) -> Model:
+def _own_model(size: Size) -> Model:
     return ours(Setup(size.network, "ect", 4, size.device), size.dtype).sampling_model()
 
 
 @cache
-def _sampling_model(size: Size, name: str) -> Model:
+def _accelerated(load: Load, size: Size, name: str) -> Model:
     """The model with its evaluations compiled and replayed, by the kernels of one backend."""
-    return _accelerated(_loaded_model(size, name))
+    return accelerate(load(size))
 
 
-def _accelerated(model: Model) -> Model:
-    return accelerate(model) if next(model.parameters()).is_cuda else model
-
-
-def _sample(size: Size, name: str, num: int, steps: int, model: Callable[[Size, str], Model]) -> dict[str, Any]:
-    return {"steps": steps, **_time_sampler(size, name, lambda: sample(model(size, name), num, steps, batch_size=num), num)}
+def _sample(size: Size, name: str, num: int, steps: int, load: Load, fast: bool = True) -> dict[str, Any]:
+    """A sampler on one backend. fast: accelerated where there is a GPU, which is what accelerates."""
+    fast = fast and size.device.type == "cuda"
+    model = partial(_accelerated, load, size, name) if fast else partial(load, size)
+    timed = _time_sampler(size, name, lambda: sample(model(), num, steps, batch_size=num), num)
+    return {"steps": steps, "dtype": size.dtype, "compiled": fast, "cuda_graph": fast, **timed}
 
 
 def _time_sampler(size: Size, name: str, draw: Callable[[], object], num: int) -> dict[str, Any]:
@@ -72,11 +76,14 @@ def peers_part(size: Size) -> Items:
     """Steps of other projects beside ours, then samplers with the network that diffusers has too."""
     setup = Setup(size.network, "ect", 128 // size.step_divisor, size.device, size.compiler)
     name = size.backends[0]
-    yield f"fastcm {name}", partial(measured_step, setup, size, lambda: ours(setup, size.dtype, size.compiled).step, True, name)
-    for item, (make, allowed) in STEPS.items():
-        yield item, partial(_of_peer, item.split()[0], partial(measured_step, setup, size, partial(make, setup), allowed))
+    yield f"fastcm {name}", partial(measured_step, setup, size, our_contestant(setup, size.dtype, size.compiled), name)
+    for item, (make, dtype, allowed) in STEPS.items():
+        contestant = Contestant(partial(make, setup), dtype, tf32=allowed)
+        yield item, partial(_of_peer, item.split()[0], partial(measured_step, setup, size, contestant))
     for num in size.samples:
-        yield f"fastcm {name} sampling, batch {num}", partial(_sample, size, name, num, 1, _fast_openai_model)
+        draw = partial(_sample, size, name, num, 1, _openai_model)
+        yield f"fastcm {name} sampling, batch {num}", draw
+        yield f"fastcm {name} sampling as loaded, batch {num}", partial(draw, fast=False)  # eager, as diffusers' pipeline
         yield f"diffusers sampling, batch {num}", partial(_of_peer, "diffusers", partial(_diffusers, size, num))
 
 
@@ -89,7 +96,8 @@ def _of_peer(peer: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _diffusers(size: Size, num: int) -> dict[str, Any]:
     draw = diffusers_sampler(_openai_model(size), num, getattr(torch, size.dtype))
-    return {"steps": 1, **_time_sampler(size, "torch", draw, num)}
+    mode = {"dtype": size.dtype, "compiled": False, "cuda_graph": False}
+    return {"steps": 1, **mode, **_time_sampler(size, "torch", draw, num)}
 
 
 @cache
@@ -103,8 +111,3 @@ def _openai_model(size: Size) -> Model:
     net.init_weights(0)
     options = {"label_dim": 10, "dtype": getattr(torch, size.dtype), "sampling": SamplingDefaults("consistency")}
     return Model(net, EDMBoundary(), (3, side, side), **options).to(size.device).eval().requires_grad_(False)
-
-
-@cache
-def _fast_openai_model(size: Size, name: str) -> Model:
-    return _accelerated(_openai_model(size))

@@ -9,45 +9,46 @@ import torch
 import torch._inductor
 
 from benchmarks.breakdown import break_down
-from benchmarks.contestants import Setup, Step, backend, ours, plain, tf32
+from benchmarks.contestants import Contestant, Setup, Step, backend, our_contestant, plain_contestants, tf32
 from benchmarks.gpu_size import Items, Size
 from benchmarks.step_time import measure_step
 from fastcm.bench.ceilings import cudnn_search
 from fastcm.errors import ConfigError
 from fastcm.train.phase import Phase
 
+GRAPH_OFF = "compute.cuda_graph='off'"  # YAML: off is false
+
 
 def step_part(objective: str, batch_size: int, size: Size) -> Items:
-    """One training step of the network: literal PyTorch, the compiled baseline, ours with each backend."""
+    """One training step of the network: ours with each backend and without a graph, the plain baselines."""
     setup = Setup(size.network, objective, batch_size // size.step_divisor, size.device, size.compiler)
     # Ours first: what a part that runs out of time has not measured should be a baseline.
-    for name in size.backends:
-        yield (
-            f"fastcm {name}",
-            partial(measured_step, setup, size, lambda: ours(setup, size.dtype, size.compiled).step, True, name),
-        )
-    yield "compiled bf16", partial(measured_step, setup, size, lambda: plain(setup, compiled=True), True)
-    for precision, allowed in (("fp32", False), ("tf32", True)):
-        yield f"eager {precision}", partial(measured_step, setup, size, lambda: plain(setup), allowed)
+    mine, first = our_contestant(setup, size.dtype, size.compiled), size.backends[0]
+    plain_launches = our_contestant(setup, size.dtype, size.compiled, GRAPH_OFF)  # as the compiled baseline, which has no graph
+    yield f"fastcm {first}", partial(measured_step, setup, size, mine, first)
+    yield f"fastcm {first}, graph off", partial(measured_step, setup, size, plain_launches, first)
+    for name in size.backends[1:]:
+        yield f"fastcm {name}", partial(measured_step, setup, size, mine, name)
+    for name, contestant in plain_contestants(setup).items():
+        yield name, partial(measured_step, setup, size, contestant)
 
 
 def measured_step(
     setup: Setup,
     size: Size,
-    make: Callable[[], Step],
-    allow_tf32: bool,
+    contestant: Contestant,
     kernels: str = "torch",
     further: Callable[[Step], dict[str, Any]] = lambda step: {},
 ) -> dict[str, Any]:
-    """Time, memory, launches and loss of a step on one backend of the kernels, and what ``further`` finds out about it."""
+    """Mode, time, memory, launches and loss of a step on one backend of the kernels, and what ``further`` finds out."""
     torch.compiler.reset()
-    with tf32(allow_tf32), cudnn_search(), backend(kernels):
-        step = make()
+    with tf32(contestant.tf32), cudnn_search(), backend(kernels):
+        step = contestant.make()
         result = measure_step(step, setup.batch_size, setup.device, size.step_s)
         result |= {"loss": _loss(step), **further(step)}
     if not math.isfinite(result["loss"]):
         raise RuntimeError(f"the loss after {result['step_ms']['n']} steps is {result['loss']}")
-    return {"batch": setup.batch_size, **result}
+    return {"batch": setup.batch_size, **contestant.mode, **result}
 
 
 def _loss(step: Step) -> float:
@@ -68,11 +69,10 @@ def breakdown_part(size: Size) -> Items:
         return break_down(step, size.device, size.shape_sets[0], setup.batch_size, getattr(torch, size.dtype))
 
     name = size.backends[0]
-    yield (
-        f"fastcm {name}",
-        partial(measured_step, setup, size, lambda: ours(setup, size.dtype, size.compiled).step, True, name, look),
-    )
-    yield "compiled bf16", partial(measured_step, setup, size, lambda: plain(setup, compiled=True), True, further=look)
+    mine = our_contestant(setup, size.dtype, size.compiled)
+    yield f"fastcm {name}", partial(measured_step, setup, size, mine, name, look)
+    compiled = plain_contestants(setup)["compiled bf16"]
+    yield "compiled bf16", partial(measured_step, setup, size, compiled, further=look)
 
 
 # Batch size, dtype, mode of torch.compile, whole-step CUDA graph: what differs from the first, one thing after the other.
@@ -104,6 +104,7 @@ def _variant(setup: Setup, size: Size, dtype: str, mode: str, graph: str) -> dic
         setup.config(dtype, size.compiled, option)
     except ConfigError as error:
         return {"unavailable": str(error)}
+    contestant = our_contestant(setup, dtype, size.compiled, option)
     # What torch.compile(mode=...) sets, for a step that takes no mode.
     with torch._inductor.config.patch(torch._inductor.list_mode_options(mode)):
-        return measured_step(setup, size, lambda: ours(setup, dtype, size.compiled, option).step, True, size.backends[0])
+        return measured_step(setup, size, contestant, size.backends[0])

@@ -4,7 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu_goals import HEADER, goal_lines
+from benchmarks.gpu_goals import HEADER, convolution_floor, goal_lines
+
+COMMAND = "python -m benchmarks.gpu_report"
+MODE_HEADER = ("dtype", "compiled", "CUDA graph")
 
 Items = dict[str, dict[str, Any]]
 
@@ -15,7 +18,7 @@ def markdown(result: dict[str, Any], further: Mapping[str, dict[str, Any]] | Non
     further: results of other programs on the same GPU that goals are about, by their source.
     """
     parts = {name: part["items"] for name, part in result["parts"].items()}
-    blocks = ["# GPU report"]
+    blocks = ["# GPU report", f"Measured by `{COMMAND}`."]
     if result["smoke"]:
         blocks.append("A smoke run on a CPU at toy size: these numbers mean nothing.")
     else:
@@ -89,14 +92,21 @@ def _kernel_line(row: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _steps(items: Items) -> Iterator[str]:
-    header = ("step", "images/s", "ms", "p20-p80", "peak GiB", "launches", "kernels", "kernel ms", "warm-up s")
+    header = ("step", *MODE_HEADER, "images/s", "ms", "p20-p80", "peak GiB", "launches", "kernels", "kernel ms", "warm-up s")
     yield table(header, [_step_line(name, value) for name, value in items.items()])
+
+
+def mode_cells(value: dict[str, Any]) -> tuple[str, ...]:
+    """In which precision something ran, whether compiled, and whether replayed as a graph."""
+    dtype = value["dtype"] + ", TF32" * value.get("tf32", False)
+    return (dtype, *("yes" if value[key] else "no" for key in ("compiled", "cuda_graph")))
 
 
 def _step_line(name: str, value: dict[str, Any]) -> tuple[str, ...]:
     step, peak = value["step_ms"], value["peak_memory_bytes"]
     return (
         f"{name}, batch {value['batch']}",
+        *mode_cells(value),
         f"{value['images_per_s']:.0f}",
         f"{step['median']:.2f}",
         f"{step['p20']:.2f}-{step['p80']:.2f}",
@@ -138,16 +148,14 @@ def _breakdown(ceilings: Items, items: Items) -> Iterator[str]:
 def category_floors(value: dict[str, Any], ceilings: Items) -> dict[str, float]:
     """Milliseconds that each category of a step takes at least, by the ceilings of the same report; none without them.
 
-    From the cost models with the measured copy bandwidth and matrix product rate. Convolutions: two forward passes and both
-    gradients at the times cuDNN needed alone, which counts the gradient of the images that a step does not need.
+    From the cost models with the measured copy bandwidth and matrix product rate; of convolutions, ``convolution_floor``.
     """
     floors = {}
     if "copy" in ceilings and "matmul bf16" in ceilings:
         rates = ceilings["copy"]["bytes_per_s"], ceilings["matmul bf16"]["flops_per_s"]
         floors = {k: 1e3 * max(c["bytes"] / rates[0], c["flops"] / rates[1]) for k, c in value["costs"].items()}
     if conv := ceilings.get(f"conv {value['shapes']}"):
-        total = 2 * conv["fprop_ms"] + conv["dgrad_ms"] + conv["wgrad_ms"]
-        floors["convolution"] = total * value["batch"] / conv["batch"]
+        floors["convolution"] = convolution_floor(conv, value["batch"])
     return floors
 
 
@@ -163,24 +171,29 @@ def _speedups(name: str, parts: dict[str, Items]) -> list[str]:
 
 
 def step_rates(result: dict[str, Any]) -> str:
-    """Images per second of every step that was measured, and how many times as fast as each baseline fastcm is."""
+    """Mode and images per second of every step that was measured, and how many times as fast as each baseline fastcm is."""
     blocks = []
     for name, part in result["parts"].items():
         good = {item: value for item, value in part["items"].items() if "step_ms" in value}
         if good and name.partition("-")[0] in ("ect", "edm"):
-            rows = [(f"{item}, batch {value['batch']}", f"{value['images_per_s']:.0f}") for item, value in good.items()]
-            ratios = _speedups(name, {name: good})
-            blocks += [table((f"{name.partition('-')[0].upper()} step", "images/s"), rows), *ratios]
+            rows = [
+                (f"{item}, batch {value['batch']}", *mode_cells(value), f"{value['images_per_s']:.0f}")
+                for item, value in good.items()
+            ]
+            head = (f"{name.partition('-')[0].upper()} step", *MODE_HEADER, "images/s")
+            blocks += [table(head, rows), *_speedups(name, {name: good})]
     return "\n\n".join(blocks)
 
 
 def _sampler(items: Items) -> Iterator[str]:
-    header = ("sampler", "images/s", "call ms", "sum of kernels ms", "call over kernels", "kernels", "launches")
+    header = ("sampler", *MODE_HEADER, "images/s", "call ms", "sum of kernels ms", "call over kernels", "kernels", "launches")
     lines = []
     for name, value in items.items():
         call_ms, kernel_ms = value["call"]["median_us"] / 1e3, value["kernel_ms"]
         times = (f"{call_ms:.3f}", f"{kernel_ms:.3f}", f"{call_ms / kernel_ms:.2f}")
-        lines.append((name, f"{value['images_per_s']:.1f}", *times, str(value["kernels"]), str(value["launches"])))
+        lines.append(
+            (name, *mode_cells(value), f"{value['images_per_s']:.1f}", *times, str(value["kernels"]), str(value["launches"]))
+        )
     yield table(header, lines)
 
 

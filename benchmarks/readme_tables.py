@@ -4,7 +4,8 @@
 
 A document marks a region by two comments, ``numbers: TABLE`` before it and ``end of numbers`` after it; TABLE is a key of
 TABLES. Everything between them is made from the newest result file of that kind, which the text names. --check changes
-nothing and ends with code 1 where a document differs from its files.
+nothing and ends with code 1 where a document differs from its files. A shown result that was measured with changes that no
+commit has is a warning.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_table import step_rates, table
+from benchmarks.gpu_goals import commit_of
+from benchmarks.gpu_table import COMMAND, step_rates, table
 from fastcm.io.atomic import atomic_write
 
 ROOT = Path(__file__).parent.parent
@@ -49,22 +51,35 @@ def short(value: float) -> str:
 
 
 def files(results: Results) -> str:
-    """The names of the files, as a text shows them."""
-    return ", ".join(f"`benchmarks/results/{name}`" for name, _ in results.values())
+    """The names of the files, as a text shows them, one a line."""
+    return ",\n".join(f"`benchmarks/results/{name}`" for name, _ in results.values())
+
+
+def place(environment: Mapping[str, Any]) -> str:
+    """What a CPU's numbers were measured on."""
+    threads = f"{environment['threads']} thread" + "s" * (environment["threads"] != 1)
+    return f"{environment['processor']}, {threads}, torch {environment['packages']['torch']}"
+
+
+def measured_on(results: Results) -> str:
+    """Where the results were measured, as far as they say so, and their files; each place once."""
+    places: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
+    for name, (file, result) in results.items():
+        where = f"Measured on {place(result['environment'])}:\n" if "environment" in result else ""
+        places.setdefault(where, {})[name] = (file, result)
+    return "\n\n".join(f"{where}{files(found)}" for where, found in places.items())
 
 
 def digits(results: Results) -> str:
     """Distances of the demo, and their ratio to what a perfect generator would get."""
     ((_, result),) = results.values()
-    distances, where = result["distances"], result["environment"]
+    distances = result["distances"]
     real = distances["real against real"]
     lines = [(name, short(value), short(value / real)) for name, value in sorted(distances.items(), key=lambda pair: pair[1])]
     rows = table(("set", "distance", "times real against real"), lines)
     seconds = result["processor_seconds"]
     took = f", {seconds:.0f} s of processor time" if seconds else ""
-    threads = f"{where['threads']} thread" + "s" * (where["threads"] != 1)
-    versions = f"{where['processor']}, {threads}, torch {where['packages']['torch']}"
-    return f"{rows}\n\nMeasured with seed 0 on {versions}{took} ({files(results)})."
+    return f"{rows}\n\nMeasured with seed 0 on {place(result['environment'])}{took}\n({files(results)})."
 
 
 def ctm_digits(results: Results) -> str:
@@ -84,13 +99,13 @@ def cpu_step(results: Results) -> str:
     for _, result in results.values():
         ratios = {row["objective"]: f"{row['ratio']:.2f}" for row in result["rows"]}
         lines.append((f"`{result['config']}`, {result['batch_size']}", *(ratios.get(name, "-") for name in objectives)))
-    return table(("network, batch", *objectives), lines) + f"\n\n{files(results)}"
+    return table(("network, batch", *objectives), lines) + f"\n\n{measured_on(results)}"
 
 
 def cpu_boundary(results: Results) -> str:
     """How many times as fast a step is that leaves out the targets nobody reads."""
     lines = [(f"`{r['config']}`, {r['batch_size']}", f"{r['q']:g}", f"{r['ratio']:.2f}") for _, r in results.values()]
-    return table(("network, batch", "q", "ECT"), lines) + f"\n\n{files(results)}"
+    return table(("network, batch", "q", "times as fast"), lines) + f"\n\n{measured_on(results)}"
 
 
 def gpu(results: Results) -> str:
@@ -98,7 +113,8 @@ def gpu(results: Results) -> str:
     blocks = []
     for name, result in results.values():
         facts = result["parts"]["environment"]["items"]["environment"]
-        title = f"{facts['device']}, torch {facts['packages']['torch']} (`benchmarks/results/{name}`):"
+        versions = f"torch {facts['packages']['torch']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}"
+        title = f"{facts['device']}, {versions},\nby `{COMMAND}` (`benchmarks/results/{name}`):"
         blocks.append(f"{title}\n\n{step_rates(result)}")
     return "\n\n".join(blocks)
 
@@ -113,7 +129,7 @@ def cifar10_20min(results: Results) -> str:
         )
         lines = [(which, short(value)) for which, value in sorted(distances.items(), key=lambda pair: pair[1])]
         tool = stages["measure"].get("tool", "none")
-        blocks += [f"{title} (`benchmarks/results/{name}`); distances by `{tool}`, {result['num']:,} images a set, not FID:"]
+        blocks += [f"{title}\n(`benchmarks/results/{name}`);\ndistances by `{tool}`, {result['num']:,} images a set, not FID:"]
         blocks.append(table(("set", "distance"), lines))
     blocks.append("![Real images, samples by Heun's method, in 2 steps, in 1 step](docs/cifar10_20min.png)")
     return "\n\n".join([*blocks, "![Samples in 1 step above their nearest training images](docs/cifar10_20min_nearest.png)"])
@@ -145,6 +161,12 @@ def rewrite(text: str, folder: Path) -> str:
     return REGION.sub(region, text)
 
 
+def uncommitted(text: str, folder: Path) -> list[str]:
+    """The result files that a document shows and whose commit ends in "+": what was measured differs from every commit."""
+    shown = [newest_results(folder, TABLES[name].pattern) for _, name, _, _ in REGION.findall(text) if name in TABLES]
+    return [file for results in shown for file, result in results.values() if (commit_of(result) or "").endswith("+")]
+
+
 def documents(root: Path) -> list[Path]:
     """README.md and the Markdown files of docs/."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
@@ -158,6 +180,8 @@ def main() -> None:
     for path in documents(ROOT):
         text = path.read_text(encoding="utf-8")
         fresh = rewrite(text, ROOT / "benchmarks" / "results")
+        for file in uncommitted(text, ROOT / "benchmarks" / "results"):
+            print(f"readme_tables: warning: {file} was measured with uncommitted changes, measure it anew", file=sys.stderr)
         if fresh != text:
             stale.append(path.relative_to(ROOT).as_posix())
             if not check:

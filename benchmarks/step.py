@@ -7,16 +7,17 @@ medians, baseline over fastcm: above 1 fastcm is faster. Times of a shared CPU a
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from benchmarks.contestants import Setup, ours, plain
+from fastcm.bench.hardware import environment
+from fastcm.bench.report import as_json
+from fastcm.io.atomic import atomic_write
 from fastcm.train.build import keep_freed_memory
 
 CONFIGS = ("digits", "smoke_cifar10")
@@ -41,6 +42,14 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def write_result(path: Path, module: str, options: Mapping[str, object], measured: Mapping[str, object]) -> None:
+    """The file of a comparison on the CPU: the command that repeats it, where it ran, its options, and what was measured."""
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+    command = " ".join([f"python -m benchmarks.{module}", *words])
+    result = {"command": command, "environment": environment(torch.device("cpu")), "dtype": "float32", **options, **measured}
+    atomic_write(path, as_json(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,9 +65,8 @@ def main() -> None:
         shown = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items())
         print(f"{objective.upper()}: {shown}, ratio {rows[-1]['ratio']:.2f}")
     if arguments.json:
-        facts = {"config": arguments.config, "batch_size": arguments.batch_size, "torch": torch.__version__}
-        facts |= {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()}
-        arguments.json.write_text(json.dumps({**facts, "rows": rows}, indent=1))
+        options = ("config", "batch_size", "rounds")
+        write_result(arguments.json, "step", {name: getattr(arguments, name) for name in options}, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def item(**changes):
     kinds = {NORM: {"ms": 5.0, "kernels": 3}, CONVOLUTION: {"ms": 40.0, "kernels": 9}, ELEMENTWISE: {"ms": 1.0, "kernels": 2}}
     value = {"batch": 64, "shapes": "ddpmpp32", "costs": costs, "categories": kinds, "busy_ms": 46.0, "unknown": []}
     step = {"step_ms": {"median": 50.0, "p20": 49.0, "p80": 51.0, "n": 9}, "images_per_s": 1280.0, "peak_memory_bytes": 2**30}
+    step |= {"dtype": "bfloat16", "tf32": False, "compiled": True, "cuda_graph": True}
     return value | step | {"launches": 4, "kernels": 14, "kernel_ms": 46.0, "warm_up_s": 3.0} | changes
 
 

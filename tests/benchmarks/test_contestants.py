@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_step, step
-from benchmarks.contestants import NETWORKS, Setup, backend, ours, plain, tf32
+from benchmarks import bench_step, boundary, step
+from benchmarks.contestants import NETWORKS, Setup, backend, our_contestant, ours, plain, tf32
+from benchmarks.gpu_steps import GRAPH_OFF
 from benchmarks.plain import PlainUNet
 from benchmarks.step_time import WARM_UP, measure_step
 from fastcm.kernels.runtime.fallback import is_strict
@@ -92,11 +93,33 @@ def test_the_ratio_tool_writes_its_rows(tmp_path, monkeypatch, capsys):
     arguments = ["step", "--config", "digits", "--batch-size", "2", "--rounds", "1", "--json", str(tmp_path / "r.json")]
     monkeypatch.setattr(sys, "argv", arguments)
     step.main()
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["command"] == "python -m benchmarks.step --config digits --batch-size 2 --rounds 1"
+    assert {"commit", "time", "processor", "threads", "packages"} <= result["environment"].keys()
+    rows = result["rows"]
     assert [row["objective"] for row in rows] == ["EDM", "ECT"]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["plain"] / row["fastcm"])
     assert capsys.readouterr().out.count("ratio") == 2
+
+
+def test_the_tool_for_the_boundary_writes_where_it_ran(tmp_path, monkeypatch, capsys):
+    arguments = ["boundary", "--batch-size", "2", "--q", "4", "--rounds", "1", "--json", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    boundary.main()
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["command"] == "python -m benchmarks.boundary --config digits --batch-size 2 --q 4.0 --rounds 1"
+    assert {"commit", "time", "processor", "threads", "packages"} <= result["environment"].keys()
+    assert (result["config"], result["batch_size"], result["q"], result["dtype"]) == ("digits", 2, 4.0, "float32")
+    assert result["ratio"] == pytest.approx(result["all_rows"] / result["fastcm"])
+    assert f"ratio {result['ratio']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "graph"), [((), True), ((GRAPH_OFF,), False)])
+def test_on_a_gpu_our_step_is_a_graph_unless_it_is_turned_off(options, graph):
+    setup = setup_of()._replace(device=torch.device("cuda"))
+    contestant = our_contestant(setup, "bfloat16", True, *options)
+    assert contestant.mode == {"dtype": "bfloat16", "tf32": False, "compiled": True, "cuda_graph": graph}
 
 
 @pytest.mark.parametrize("name", ["eager-fp32", "fastcm-torch"])

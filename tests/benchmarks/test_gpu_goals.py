@@ -8,7 +8,7 @@ import pytest
 from benchmarks import gpu_goals
 from benchmarks.gpu_goals import GOALS, MAIN, beside, goal_lines, num_cases
 from benchmarks.gpu_parts import PARTS
-from benchmarks.gpu_size import FULL
+from benchmarks.gpu_size import FULL, GPU_TESTS
 from benchmarks.gpu_table import markdown
 
 DEVICE = "NVIDIA H200"
@@ -110,10 +110,27 @@ def test_the_step_is_compared_with_its_convolutions_alone():
 
 
 def test_counts_must_be_zero():
-    tests = {"a": {"summary": "3 passed"}, "b": {"error": "1 failed"}}
-    assert of("GPU tests", result(correctness=tests)) == ("1", "missed")
-    assert of("GPU tests", result(correctness={"a": {"summary": "3 passed"}})) == ("0", "reached")
+    tests = {name: {"summary": "3 passed"} for name in GPU_TESTS}
+    assert of("GPU tests", result(correctness=tests)) == ("0", "reached")
+    assert of("GPU tests", result(correctness=tests | {GPU_TESTS[1]: {"error": "1 failed"}})) == ("1", "missed")
     assert of("compute-sanitizer", result(), sanitize={"failed": 0}) == ("0", "reached")
+
+
+@pytest.mark.parametrize("value", [{"summary": "3 passed"}, {"error": "1 failed"}])
+def test_tests_that_did_not_all_run_are_no_measurement(value):
+    assert of("GPU tests", result(correctness={GPU_TESTS[0]: value})) == ("not measured", "-")
+    assert of("GPU tests", result(correctness=dict.fromkeys(GPU_TESTS[1:], value))) == ("not measured", "-")
+
+
+def test_a_value_of_another_commit_than_the_report_says_so():
+    report = result()
+    report["parts"]["environment"]["items"]["environment"]["commit"] = "abc"
+    other = {"failed": 0, "environment": {"commit": "def+"}}
+    assert of("compute-sanitizer", report, sanitize=other) == ("0", "reached (sanitize at commit def+, report at abc)")
+    assert of("compute-sanitizer", report, sanitize=other | {"environment": {"commit": "abc"}}) == ("0", "reached")
+    training = {"stages": {"train": {"seconds": 1320.0}}, "environment": {"commit": "abc"}}
+    found = outcomes(result(), training=training, sanitize=other)["cifar10_20min: minutes of training"]
+    assert found == ("22", "missed by 10.0% (training at commit abc, report at unknown)")
 
 
 def test_a_sampler_is_compared_with_its_kernels():
@@ -135,6 +152,29 @@ def test_the_training_has_its_own_file_beside_the_report(tmp_path, monkeypatch, 
     assert line.split("training")[1].split() == ["at", "most", "20", "22", "missed", "by", "10.0%"]
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "No such file or directory"),
+        ("# fastcm", "expected a file that python -m benchmarks.gpu_report has written"),
+        ("[]", "no report of a GPU, which has the keys 'smoke' and 'parts'"),
+        ('{"smoke": true, "parts": {}}', "is a smoke report of a CPU at toy size: its numbers mean nothing"),
+    ],
+)
+def test_a_file_that_is_no_report_of_a_gpu_is_a_usage_error(text, reason, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "some.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["gpu_goals", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_goals.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert str(path) in printed.err
+    assert reason in printed.err
+    assert printed.out == ""
+
+
 def test_the_markdown_of_a_report_begins_with_the_goals():
     report, training = {"smoke": False, "parts": {}}, {"stages": {"train": {"seconds": 1320.0}}}
     assert "## Goals\n\n| goal | wanted | measured | outcome |" in markdown(report)
@@ -143,6 +183,7 @@ def test_the_markdown_of_a_report_begins_with_the_goals():
 
 
 def test_goals_read_items_that_the_report_has():
+    assert set(GPU_TESTS) == {name for name, _ in PARTS["correctness"](FULL)}
     items = {part: [name for name, _ in PARTS[part](FULL)] for part in ("ect-128", "ceilings", "sampler")}
     assert {"fastcm triton", "eager tf32", "compiled bf16"} <= set(items["ect-128"])
     assert "conv ddpmpp32" in items["ceilings"]

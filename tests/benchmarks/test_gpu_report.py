@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_parts, gpu_report, gpu_steps
+from benchmarks import contestants, gpu_parts, gpu_report, gpu_steps
 from benchmarks.gpu_parts import PARTS, run_part
 from benchmarks.gpu_size import FULL, GPU_TESTS, SMOKE
 from benchmarks.gpu_table import markdown
 from fastcm.bench.report import as_json
+from fastcm.config import load_config
 from fastcm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,12 @@ def report(tmp_path, *arguments, timeout=120):
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def test_git_ignores_what_a_smoke_run_writes():
+    path = gpu_report.default_path(smoke=True)
+    for name in (path, path.with_suffix(".md")):
+        assert subprocess.run(["git", "check-ignore", "-q", str(name)], cwd=ROOT, check=False).returncode == 0
+
+
 def test_without_a_gpu_it_ends_with_code_2_and_one_line(tmp_path):
     done = report(tmp_path)
     assert done.returncode == 2
@@ -175,7 +182,39 @@ def test_every_file_with_tests_for_a_gpu_is_part_of_the_report():
 
 def test_parts_and_limits_are_the_same_and_fit_into_the_time():
     assert list(gpu_report.LIMITS) == list(PARTS)
+    assert sum(gpu_report.FIRST_CALL.values()) <= 60 * gpu_report.MINUTES <= 9 * 60
+    assert set(gpu_report.LIMITS) - set(gpu_report.FIRST_CALL) == {"sampler", "breakdown", "peers", "compile-modes"}
+    assert all(limit <= 60 * gpu_report.MINUTES for limit in gpu_report.LIMITS.values())
     assert {name for name in PARTS if name.split("-")[0] in ("ect", "edm")} == {"ect-128", "ect-512", "edm-128", "edm-512"}
+
+
+def test_the_second_call_goes_on_with_what_the_first_has_no_time_for():
+    first, result = list(gpu_report.FIRST_CALL), empty()
+    assert gpu_report.due_parts(result) == first
+    result["parts"] = {part: {"status": gpu_report.TIMED_OUT, "items": {}} for part in first}
+    result["parts"][first[-1]]["status"] = gpu_report.NOT_STARTED
+    assert gpu_report.due_parts(result) == first
+    result["parts"][first[-1]]["status"] = gpu_report.DONE
+    assert gpu_report.due_parts(result) == list(gpu_report.LIMITS)
+
+
+def test_a_call_of_the_program_runs_the_parts_that_are_due_and_says_which_are_left(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def part(name, items, command, limit):
+        ran.append(name)
+        return {"status": "done", "error": None, "items": {"one": {"unavailable": "a stand-in"}}}
+
+    monkeypatch.setattr(gpu_report, "run_part", part)
+    monkeypatch.setattr(gpu_report, "markdown", lambda *arguments: "")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--smoke", "--out", str(tmp_path / "r.json")])
+    gpu_report.main()
+    assert ran == list(gpu_report.FIRST_CALL)
+    left = "not measured yet: sampler, breakdown, peers, compile-modes; the same command goes on with them"
+    assert left in capsys.readouterr().out
+    gpu_report.main()
+    assert ran[len(gpu_report.FIRST_CALL) :] == list(gpu_report.LIMITS)
+    assert "not measured yet" not in capsys.readouterr().out
 
 
 def items_of(part, done=()):
@@ -211,12 +250,16 @@ def test_the_kernel_part_checks_every_op_and_pass():
 
 def test_the_step_part_measures_every_contestant():
     items = items_of("ect-128")
-    assert list(items) == ["fastcm torch", "compiled bf16", "eager fp32", "eager tf32"]
+    assert list(items) == ["fastcm torch", "fastcm torch, graph off", "compiled bf16", "eager fp32", "eager tf32"]
     assert {name: item.get("error") for name, item in items.items()} == dict.fromkeys(items)
     for item in items.values():
         assert item["images_per_s"] == pytest.approx(2 / (item["step_ms"]["median"] / 1e3))
         assert item["step_ms"]["p20"] <= item["step_ms"]["median"] <= item["step_ms"]["p80"]
         assert item["kernels"] > 100
+    modes = {name: (item["dtype"], item["tf32"], item["compiled"], item["cuda_graph"]) for name, item in items.items()}
+    assert modes["fastcm torch"] == modes["fastcm torch, graph off"] == ("float32", True, False, False)
+    assert modes["compiled bf16"] == ("bfloat16", False, True, False)
+    assert (modes["eager fp32"], modes["eager tf32"]) == (("float32", False, False, False), ("float32", True, False, False))
     losses = [item["loss"] for item in items.values()]
     assert max(losses) < 1e4
     text = markdown({"smoke": True, "parts": {"ect-128": {"status": "done", "error": None, "items": items}}})
@@ -252,13 +295,13 @@ def test_variants_that_the_configuration_does_not_allow_say_why(monkeypatch):
 def test_a_variant_is_built_with_its_options_under_its_mode(monkeypatch):
     seen = []
 
-    def measured_step(setup, size, make, allow_tf32, kernels):
-        seen.append((setup.batch_size, torch._inductor.config.max_autotune, make()))
+    def measured_step(setup, size, contestant, kernels):
+        seen.append((setup.batch_size, torch._inductor.config.max_autotune, contestant.make()))
         return {}
 
     monkeypatch.setattr(gpu_steps, "measured_step", measured_step)
-    monkeypatch.setattr(gpu_steps, "ours", lambda setup, dtype, compiled, *options: SimpleNamespace(step=(dtype, *options)))
-    monkeypatch.setattr(gpu_steps.Setup, "config", lambda *arguments: None)
+    monkeypatch.setattr(contestants, "ours", lambda setup, dtype, compiled, *options: SimpleNamespace(step=(dtype, *options)))
+    monkeypatch.setattr(gpu_steps.Setup, "config", lambda *arguments: load_config("digits"))
     assert all("error" not in item for item in items_of("compile-modes").values())
     assert seen == [
         (batch // SMOKE.step_divisor, "max-autotune" in mode, (dtype, f"compute.cuda_graph='{graph}'"))
@@ -284,7 +327,8 @@ def test_an_item_that_fails_is_written_with_its_error_and_the_rest_goes_on(monke
 
 def test_a_loss_that_is_not_finite_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(gpu_steps, "_loss", lambda step: float("nan"))
-    assert "the loss after" in items_of("ect-128", done=["eager tf32", "compiled bf16", "fastcm torch"])["eager fp32"]["error"]
+    done = [name for name, _ in PARTS["ect-128"](SMOKE) if name != "eager fp32"]
+    assert "the loss after" in items_of("ect-128", done=done)["eager fp32"]["error"]
 
 
 def test_failing_tests_fail_the_part():
@@ -305,8 +349,8 @@ def test_markdown_says_what_failed_and_shows_ratios():
     step = {"batch": 4, "step_ms": {"median": 2.0, "p20": 1.0, "p80": 3.0, "n": 5}, "peak_memory_bytes": 2**31, "launches": 3}
     step |= {"kernels": 9, "kernel_ms": 1.5, "warm_up_s": 1.0}
     items = {
-        "eager tf32": {**step, "images_per_s": 100.0},
-        "fastcm triton": {**step, "images_per_s": 350.0},
+        "eager tf32": {**step, "images_per_s": 100.0, "dtype": "float32", "tf32": True, "compiled": False, "cuda_graph": False},
+        "fastcm triton": {**step, "images_per_s": 350.0, "dtype": "bfloat16", "compiled": True, "cuda_graph": True},
         "fastcm torch": {"error": "out of memory"},
     }
     parts = {"ect-128": {"status": "failed", "error": "fastcm torch", "items": items}}
@@ -316,6 +360,9 @@ def test_markdown_says_what_failed_and_shows_ratios():
     assert "- fastcm torch: out of memory" in text
     assert "| fastcm triton | 3.50 |" in text
     assert "**not started**: the whole report was out of time" in text
+    assert "Measured by `python -m benchmarks.gpu_report`." in text
+    assert "| eager tf32, batch 4 | float32, TF32 | no | no | 100 |" in text
+    assert "| fastcm triton, batch 4 | bfloat16 | yes | yes | 350 |" in text
     assert "| 2.00 | 1.00-3.00 | 2.00 | 3 | 9 | 1.50 | 1.0 |" in text
 
 

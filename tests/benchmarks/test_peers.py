@@ -122,7 +122,12 @@ def test_the_part_measures_who_is_here_and_says_who_is_not(monkeypatch):
     items = lines_of("peers", SMOKE._replace(step_s=0.0, samples=(1,)), done=["fastcm torch"])
     assert "not installed: name its checkout by --peer fastgen=PATH" in items["fastgen amp"]["unavailable"]
     assert "diffusers" in items["diffusers sampling, batch 1"]["unavailable"]
-    assert items["fastcm torch sampling, batch 1"]["steps"] == 1
+    for name in ("fastcm torch sampling, batch 1", "fastcm torch sampling as loaded, batch 1"):
+        assert {key: items[name][key] for key in ("steps", "compiled", "cuda_graph")} == {
+            "steps": 1,
+            "compiled": False,
+            "cuda_graph": False,
+        }
     assert items["ect fp32"]["error"].startswith("RuntimeError: the loss after")  # the fake's loss is infinite in the end
     text = markdown({"smoke": True, "parts": {"peers": {"status": "failed", "error": "x", "items": items}}})
     assert "- fastgen amp: not installed: name its checkout" in text
@@ -130,13 +135,14 @@ def test_the_part_measures_who_is_here_and_says_who_is_not(monkeypatch):
 
 def test_steps_samplers_and_commits_have_their_tables():
     step = {"step_ms": {"median": 2.0, "p20": 1.0, "p80": 3.0}, "peak_memory_bytes": None, "launches": 3, "kernels": 9}
-    step |= {"batch": 4, "kernel_ms": 1.5, "warm_up_s": 1.0}
-    draw = {"images_per_s": 10.0, "call": {"median_us": 5000.0}, "kernel_ms": 4.0, "kernels": 7, "launches": 8}
+    mode = {"dtype": "bfloat16", "compiled": False, "cuda_graph": False}
+    step |= {"batch": 4, "kernel_ms": 1.5, "warm_up_s": 1.0, **mode}
+    draw = mode | {"images_per_s": 10.0, "call": {"median_us": 5000.0}, "kernel_ms": 4.0, "kernels": 7, "launches": 8}
     items = {"fastcm triton": step | {"images_per_s": 400.0}, "ect tf32": step | {"images_per_s": 100.0, "commit": "abc"}}
     items |= {"diffusers sampling, batch 1": draw, "fastgen amp": {"unavailable": "not installed"}}
     text = markdown({"smoke": False, "parts": {"peers": {"status": "done", "error": None, "items": items}}})
     assert "| times as fast as | ect tf32 |\n| --- | --- |\n| fastcm triton | 4.00 |" in text
-    assert "| diffusers sampling, batch 1 | 10.0 | 5.000 | 4.000 | 1.25 | 7 | 8 |" in text
+    assert "| diffusers sampling, batch 1 | bfloat16 | no | no | 10.0 | 5.000 | 4.000 | 1.25 | 7 | 8 |" in text
     assert "- ect tf32: commit abc" in text
     assert "against the official step with TF32 on | at least 3 | 4 | reached |" in text
 

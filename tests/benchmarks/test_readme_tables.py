@@ -61,8 +61,9 @@ def write(folder, name, value):
     (folder / name).write_text(json.dumps(value))
 
 
-def step_result(config, ratio):
+def step_result(config, ratio, commit="abc"):
     return {
+        "environment": {"processor": "p", "threads": 2, "packages": {"torch": "2.14.1"}, "commit": commit},
         "config": config,
         "batch_size": 4,
         "rows": [{"objective": "EDM", "ratio": ratio}, {"objective": "ECT", "ratio": 2.0}],
@@ -80,11 +81,65 @@ def test_the_newest_file_of_each_name_is_shown(tmp_path):
     write(tmp_path, "cpu-step-digits.json", step_result("digits", 9.0))  # without a date
     text = rewrite(document("cpu-step"), tmp_path)
     assert "| `digits`, 4 | 1.25 | 2.00 |\n| `other`, 4 | 0.50 | 2.00 |" in text
-    assert "`benchmarks/results/cpu-step-digits-2026-02-01.json`, `benchmarks/results/cpu-step-other-2025-12-01.json`" in text
+    names = "`benchmarks/results/cpu-step-digits-2026-02-01.json`,\n`benchmarks/results/cpu-step-other-2025-12-01.json`\n"
+    assert f"Measured on p, 2 threads, torch 2.14.1:\n{names}" in text
     assert text.startswith("before\n")
     assert text.endswith("<!-- end of numbers -->\nafter\n")
     assert "old" not in text
     assert rewrite(text, tmp_path) == text
+
+
+def test_results_of_two_places_say_which_is_which(tmp_path):
+    other = step_result("other", 0.5)
+    other["environment"]["processor"] = "o"
+    write(tmp_path, "cpu-step-digits-2026-02-01.json", step_result("digits", 1.25))
+    write(tmp_path, "cpu-step-other-2026-02-01.json", other)
+    text = rewrite(document("cpu-step"), tmp_path)
+    for name, processor in (("digits", "p"), ("other", "o")):
+        assert f"on {processor}, 2 threads, torch 2.14.1:\n`benchmarks/results/cpu-step-{name}-2026-02-01.json`\n" in text
+
+
+def test_a_file_without_its_place_is_named_alone(tmp_path):
+    result = step_result("digits", 1.25)
+    del result["environment"]
+    write(tmp_path, "cpu-step-digits-2026-02-01.json", result)
+    assert "2.00 |\n\n`benchmarks/results/cpu-step-digits-2026-02-01.json`\n<!--" in rewrite(document("cpu-step"), tmp_path)
+
+
+def test_the_gain_at_the_boundary_is_a_ratio_with_its_place(tmp_path):
+    result = step_result("digits", 1.0) | {"q": 2.0, "ratio": 1.5}
+    write(tmp_path, "cpu-ect-boundary-digits-q2-2026-02-01.json", result)
+    text = rewrite(document("cpu-boundary"), tmp_path)
+    assert "| network, batch | q | times as fast |\n| --- | --- | --- |\n| `digits`, 4 | 2 | 1.50 |" in text
+    assert "Measured on p, 2 threads, torch 2.14.1:\n" in text
+
+
+@pytest.mark.parametrize("path", documents(ROOT), ids=lambda path: path.name)
+def test_no_line_of_text_in_a_region_is_long(path):
+    regions = [text for _, _, text, _ in REGION.findall(path.read_text(encoding="utf-8"))]
+    lines = [line for text in regions for line in text.splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 128] == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]])
+def test_a_result_of_uncommitted_code_is_a_warning(arguments, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    facts = {"device": "G", "commit": "abc+", "cuda": "13", "cudnn": 9, "packages": {"torch": "2.11"}}
+    write(folder, "some-gpu-2026-01-01.json", {"parts": {"environment": {"items": {"environment": facts}}}})
+    write(folder, "cpu-step-digits-2026-02-01.json", step_result("digits", 1.25, "abc+"))
+    write(folder, "cpu-step-digits-2026-01-01.json", step_result("digits", 1.25, "old+"))  # not shown
+    write(folder, "cpu-step-other-2026-01-01.json", step_result("other", 1.25))
+    text = rewrite(document("cpu-step") + document("gpu"), folder)
+    (tmp_path / "README.md").write_text(text)
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["readme_tables", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        readme_tables.main()
+    assert ended.value.code == 0
+    warned = "readme_tables: warning: {} was measured with uncommitted changes, measure it anew\n"
+    names = ("cpu-step-digits-2026-02-01.json", "some-gpu-2026-01-01.json")
+    assert capsys.readouterr().err == "".join(map(warned.format, names))
 
 
 def test_a_changed_number_is_written_anew(tmp_path):
@@ -100,14 +155,17 @@ def test_distances_are_ordered_and_compared_with_the_real_ones(tmp_path):
     )
     text = rewrite(document("digits"), tmp_path)
     assert "| real against real | 0.200 | 1.00 |\n| 1 step | 0.500 | 2.50 |\n| noise | 40.0 | 200 |" in text
-    assert "p, 1 thread, torch 2.14.1, 61 s of processor time" in text
+    assert "p, 1 thread, torch 2.14.1, 61 s of processor time\n(`benchmarks/results/cpu-digits-2026-01-01.json`)." in text
 
 
 def test_without_a_gpu_result_the_document_says_so_and_with_one_it_shows_steps(tmp_path):
     assert "No number here was measured on a GPU yet.\n" in rewrite(document("gpu"), tmp_path)
-    step = {"step_ms": {"median": 50.0}, "batch": 128}
-    items = {"fastcm triton": {**step, "images_per_s": 300.0}, "compiled bf16": {**step, "images_per_s": 200.0}}
-    facts = {"environment": {"device": "Some GPU", "packages": {"torch": "2.11"}}}
+    step = {"step_ms": {"median": 50.0}, "batch": 128, "dtype": "bfloat16", "compiled": True, "cuda_graph": False}
+    items = {
+        "fastcm triton": {**step, "images_per_s": 300.0, "cuda_graph": True},
+        "compiled bf16": {**step, "images_per_s": 200.0},
+    }
+    facts = {"environment": {"device": "Some GPU", "cuda": "13.0", "cudnn": 91000, "packages": {"torch": "2.11"}}}
     parts = {
         "environment": {"items": facts},
         "ect-128": {"items": items | {"eager fp32": {"error": "no"}}},
@@ -117,8 +175,11 @@ def test_without_a_gpu_result_the_document_says_so_and_with_one_it_shows_steps(t
     write(tmp_path, "some-gpu-cifar10-20min-2026-01-02.json", {})
     write(tmp_path, "smoke-cpu-2026-01-02.json", {"parts": {}})
     text = rewrite(document("gpu"), tmp_path)
-    assert "Some GPU, torch 2.11 (`benchmarks/results/some-gpu-2026-01-01.json`):" in text
-    assert "| fastcm triton, batch 128 | 300 |\n| compiled bf16, batch 128 | 200 |" in text
+    assert "Some GPU, torch 2.11, CUDA 13.0, cuDNN 91000,\nby `python -m benchmarks.gpu_report`" in text
+    assert " (`benchmarks/results/some-gpu-2026-01-01.json`):\n" in text
+    assert "| ECT step | dtype | compiled | CUDA graph | images/s |" in text
+    assert "| fastcm triton, batch 128 | bfloat16 | yes | yes | 300 |\n" in text
+    assert "| compiled bf16, batch 128 | bfloat16 | yes | no | 200 |" in text
     assert "| fastcm triton | 1.50 |" in text
     assert "No number" not in text
 
@@ -134,7 +195,7 @@ def test_the_real_training_is_shown_when_it_has_run(tmp_path):
     write(tmp_path, "smoke-cpu-cifar10-20min-2026-01-01.json", {})
     write(tmp_path, "some-gpu-cifar10-20min-2026-01-01.json", result)
     text = rewrite(document("cifar10-20min"), tmp_path)
-    assert "on Some GPU: 18.5 minutes of training (`benchmarks/results/some-gpu-cifar10-20min-2026-01-01.json`)" in text
+    assert "on Some GPU: 18.5 minutes of training\n(`benchmarks/results/some-gpu-cifar10-20min-2026-01-01.json`)" in text
     assert "distances by `fd.py`, 10,000 images a set, not FID:" in text
     assert "| real | 0.0200 |\n| 1 step | 3.00 |" in text
     assert "(docs/cifar10_20min.png)" in text
