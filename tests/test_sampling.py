@@ -354,7 +354,7 @@ def test_classes_are_drawn_evenly_when_none_are_given():
     [
         ({"num": 0}, "num"),
         ({"batch_size": 0}, "batch_size"),
-        ({"steps": 0}, "0 steps"),
+        ({"steps": 0}, "steps: .*at least 1, got 0"),
         ({"steps": 0, "sampler": "consistency"}, "steps"),
         ({"sampler": "ddim"}, "ddim"),
         ({"mid_sigmas": (1.0,)}, "mid_sigmas: the heun sampler"),

@@ -255,7 +255,7 @@ def test_impossible_jumps_say_why(change, message):
     [
         ({"gamma": 2.0}, "gamma: expected 0"),
         ({"gamma": 0.5, "sampler": "heun"}, "gamma: the heun sampler has no such option, it belongs to trajectory"),
-        ({"steps": 0}, "shape"),
+        ({"steps": 0}, "steps: .*at least 1, got 0"),
         ({"steps": 2, "mid_sigmas": (1.0, 0.5)}, "need 1 intermediate"),
         ({"steps": 2, "mid_sigmas": (90.0,)}, "descend"),
         ({"steps": 2, "mid_sigmas": (0.001,)}, "descend"),
