@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.contestants import Setup, Step, backend, ours, plain, tf32
+from benchmarks.contestants import Contestant, Setup, backend, our_contestant, plain_contestants, tf32
+from benchmarks.step_time import WARM_UP
 from fastcm.bench.hardware import environment
 
 pytest.importorskip("pytest_benchmark")
@@ -20,29 +21,27 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 NETWORK, BATCH, ROUNDS = ("ddpmpp", 128, 20) if CUDA else ("digits", 16, 5)
 DTYPE = "bfloat16" if CUDA else "float32"
-WARM_UP = 3
-
-# Name: how the step is made, and the backend and TF32 it runs with.
-CONTESTANTS: dict[str, tuple[Callable[[Setup], Step], str, bool]] = {
-    "eager-fp32": (plain, "torch", False),
-    "fastcm-torch": (lambda setup: ours(setup, DTYPE, CUDA).step, "torch", True),
-}
-if CUDA:
-    CONTESTANTS |= {
-        "eager-tf32": (plain, "torch", True),
-        "compiled-bf16": (lambda setup: plain(setup, compiled=True), "torch", True),
-        "fastcm-triton": (lambda setup: ours(setup, DTYPE, CUDA).step, "triton", True),
-    }
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
+def contestants(setup: Setup) -> dict[str, tuple[Contestant, str]]:
+    """Each contestant by name, with the backend it runs on; a CPU has no use for TF32, a compiler or Triton."""
+    plain = {name: (contestant, "torch") for name, contestant in plain_contestants(setup).items()}
+    if not CUDA:
+        plain = {"eager fp32": plain["eager fp32"]}
+    backends = ("triton", "torch") if CUDA else ("torch",)
+    return plain | {f"fastcm {name}": (our_contestant(setup, DTYPE, CUDA), name) for name in backends}
+
+
+NAMES = tuple(contestants(Setup(NETWORK, "ect", BATCH, DEVICE)))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("objective", ["edm", "ect"])
 def test_step(benchmark: Callable, objective: str, name: str) -> None:
     """One step, from the batch's numbers to the moved averages."""
-    make, kernels, allow_tf32 = CONTESTANTS[name]
-    setup = Setup(NETWORK, objective, BATCH, DEVICE)
-    with tf32(allow_tf32), backend(kernels):
-        step = make(setup)
+    contestant, kernels = contestants(Setup(NETWORK, objective, BATCH, DEVICE))[name]
+    with tf32(contestant.tf32), backend(kernels):
+        step = contestant.make()
 
         def run() -> None:
             step()
@@ -50,5 +49,5 @@ def test_step(benchmark: Callable, objective: str, name: str) -> None:
                 torch.cuda.synchronize()
 
         benchmark.group = f"{objective} {NETWORK} batch {BATCH}"
-        benchmark.extra_info.update(environment(DEVICE) | {"batch": BATCH, "network": NETWORK, "dtype": DTYPE})
+        benchmark.extra_info.update(environment(DEVICE) | {"batch": BATCH, "network": NETWORK} | contestant.mode)
         benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARM_UP)

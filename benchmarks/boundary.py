@@ -13,7 +13,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.contestants import NETWORKS, random_dataset
-from benchmarks.step import CONFIGS, measure, write_result
+from benchmarks.result_file import write_result
+from benchmarks.step import CONFIGS, measure
 from fastcm.config import load_config
 from fastcm.train.build import keep_freed_memory
 from fastcm.train.phase import Phase
@@ -51,7 +52,7 @@ def main() -> None:
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items()) + f", ratio {ratio:.2f}")
     if arguments.json:
         options = {name: getattr(arguments, name) for name in ("config", "batch_size", "q", "rounds")}
-        write_result(arguments.json, "boundary", options, medians | {"ratio": ratio})
+        write_result(arguments.json, "boundary", options, {"dtype": "float32", **medians, "ratio": ratio})
 
 
 if __name__ == "__main__":

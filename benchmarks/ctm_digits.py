@@ -6,12 +6,12 @@ fastcm train ctm_digits --out runs/ctm && python -m benchmarks.ctm_digits runs/c
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.result_file import write_result
 from fastcm.config import ComputeConfig
 from fastcm.data.batch import Batch
 from fastcm.data.dataset import load_resident
@@ -50,7 +50,7 @@ def main() -> None:
     with compute_settings(ComputeConfig(threads=1)):
         result = measure(options.run, options.picture)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.json, f"ctm_digits {options.run.name}", {}, {**result, "environment": {"threads": 1}})
 
 
 def measure(run: Path, picture: Path | None) -> dict[str, object]:

@@ -11,9 +11,6 @@ On CUDA fastcm also runs compiled in bf16.
 """
 
 import argparse
-import json
-import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.contestants import random_dataset
 from benchmarks.ctm_literal import Draws, LiteralStep
+from benchmarks.result_file import write_result
 from benchmarks.step import measure
 from fastcm.config import parse_config
 from fastcm.random import Stream
@@ -257,10 +255,8 @@ def main() -> None:
     for row in rows:
         show(row)
     if options.json:
-        facts = {name: getattr(options, name) for name in ("size", "batch_size", "solver_steps", "rounds")}
-        facts |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-        facts |= {"device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        given = {name: getattr(options, name) for name in ("size", "batch_size", "solver_steps", "rounds")}
+        write_result(options.json, "ctm_step", given, {"rows": rows}, device)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastcm.bench.hardware import environment
-from fastcm.bench.report import as_json
+from benchmarks.result_file import write_result
 from fastcm.config import load_config
-from fastcm.io.atomic import atomic_write
 from fastcm.io.run_files import RunFiles
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,8 +32,7 @@ def measure(run: Path, overrides: list[str]) -> dict[str, Any]:
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     return {
         "what": "Frechet distances on the features of a small digit classifier, 898 images a set",
-        "command": " ".join(["python -m benchmarks.digits_demo", *overrides]),
-        "environment": environment(torch.device("cpu")) | {"threads": load_config(CONFIG, overrides).compute.threads},
+        "environment": {"threads": load_config(CONFIG, overrides).compute.threads},
         "processor_seconds": seconds if whole else None,
         "distances": json.loads(files.evaluation.read_text(encoding="utf-8")),
     }
@@ -50,7 +45,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs") / CONFIG)
     parser.add_argument("--json", type=Path, default=RESULTS / f"cpu-digits-{datetime.now(UTC):%Y-%m-%d}.json")
     arguments = parser.parse_args()
-    atomic_write(arguments.json, as_json(measure(arguments.run, arguments.overrides), indent=1) + "\n")
+    module = " ".join(["digits_demo", *arguments.overrides])
+    write_result(arguments.json, module, {}, measure(arguments.run, arguments.overrides))
 
 
 if __name__ == "__main__":

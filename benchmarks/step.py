@@ -9,15 +9,13 @@ medians, baseline over fastcm: above 1 fastcm is faster. Times of a shared CPU a
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.contestants import Setup, ours, plain
-from fastcm.bench.hardware import environment
-from fastcm.bench.report import as_json
-from fastcm.io.atomic import atomic_write
+from benchmarks.result_file import write_result
 from fastcm.train.build import keep_freed_memory
 
 CONFIGS = ("digits", "smoke_cifar10")
@@ -42,14 +40,6 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def write_result(path: Path, module: str, options: Mapping[str, object], measured: Mapping[str, object]) -> None:
-    """The file of a comparison on the CPU: the command that repeats it, where it ran, its options, and what was measured."""
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
-    command = " ".join([f"python -m benchmarks.{module}", *words])
-    result = {"command": command, "environment": environment(torch.device("cpu")), "dtype": "float32", **options, **measured}
-    atomic_write(path, as_json(result, indent=1) + "\n")
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,7 +56,8 @@ def main() -> None:
         print(f"{objective.upper()}: {shown}, ratio {rows[-1]['ratio']:.2f}")
     if arguments.json:
         options = ("config", "batch_size", "rounds")
-        write_result(arguments.json, "step", {name: getattr(arguments, name) for name in options}, {"rows": rows})
+        given = {name: getattr(arguments, name) for name in options}
+        write_result(arguments.json, "step", given, {"dtype": "float32", "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Distances of two images by frozen networks: LPIPS (arXiv 1801.03924), and that of projected features (arXiv 2310.02279)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -103,15 +103,18 @@ class FeatureDistance(Frozen):
         """
         distances = []
         for number, network in enumerate(self.networks):
+            augment = self._augmentation(index_N, number)
             with torch.no_grad():
-                targets = network(self._augmented(y_NCHW, index_N, number))
-            distances.append(map_distance(network(self._augmented(x_NCHW, index_N, number)), targets))
+                targets = network(augment(y_NCHW))
+            distances.append(map_distance(network(augment(x_NCHW)), targets))
         return torch.stack(distances).sum(0)
 
-    def _augmented(self, images_NCHW: Tensor, index_N: Tensor, number: int) -> Tensor:
+    def _augmentation(self, index_N: Tensor, number: int) -> Callable[[Tensor], Tensor]:
+        """What both images of each pair go through before the network of this number, drawn once for the two."""
         if self.augment is None:
-            return images_NCHW
-        return self.augment(images_NCHW, self.augment.draw(index_N, self.seed, number, "distance_augment"))
+            return lambda images_NCHW: images_NCHW
+        draws = self.augment.draw(index_N, self.seed, number, "distance_augment")
+        return lambda images_NCHW: self.augment(images_NCHW, draws)
 
 
 def _vgg16_features(replace_pooling: bool) -> nn.Sequential:

@@ -49,6 +49,6 @@ def sample_ancestral(
 def ancestral_step(
     sigma: Float64[Tensor, "..."], sigma_next: Float64[Tensor, "..."], eta: float = 1.0
 ) -> tuple[Float64[Tensor, "..."], Float64[Tensor, "..."]]:
-    """(sigma_down, sigma_up): the level that the step goes down to, and the deviation of the noise that follows."""
+    """(sigma_down, sigma_up): the level that the step goes down to, and the standard deviation of the noise that follows."""
     share = eta**2 * (1 - (sigma_next / sigma) ** 2)
     return sigma_next * (1 - share).sqrt(), sigma_next * share.sqrt()

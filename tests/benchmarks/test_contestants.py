@@ -122,7 +122,7 @@ def test_on_a_gpu_our_step_is_a_graph_unless_it_is_turned_off(options, graph):
     assert contestant.mode == {"dtype": "bfloat16", "tf32": False, "compiled": True, "cuda_graph": graph}
 
 
-@pytest.mark.parametrize("name", ["eager-fp32", "fastcm-torch"])
+@pytest.mark.parametrize("name", ["eager fp32", "fastcm torch"])
 def test_the_suite_measures_a_whole_step_with_its_versions(name):
     class Benchmark:
         group, extra_info = None, {}

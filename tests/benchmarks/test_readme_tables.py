@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import digits_demo, readme_tables
 from benchmarks.readme_tables import REGION, TABLES, documents, newest_results, rewrite
+from benchmarks.result_file import write_result
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -224,6 +225,15 @@ def test_check_changes_nothing_and_ends_with_code_1(tmp_path, monkeypatch, capsy
     assert "README.md differs from its result files" in capsys.readouterr().out
 
 
+def test_a_result_file_says_how_it_is_repeated_and_where_it_was_measured(tmp_path):
+    measured = {"ratio": 1.5, "environment": {"threads": 7}}
+    write_result(tmp_path / "r.json", "step", {"config": "digits", "batch_size": 4}, measured)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["command"] == "python -m benchmarks.step --config digits --batch-size 4"
+    assert (result["config"], result["batch_size"], result["ratio"], result["environment"]["threads"]) == ("digits", 4, 1.5, 7)
+    assert {"device", "processor", "packages", "commit", "time"} <= result["environment"].keys()
+
+
 @pytest.mark.slow
 def test_the_file_of_the_demo_is_one_that_the_table_reads(tmp_path):
     small = ["phases.pretrain.duration_images=128", "phases.tune.duration_images=128", "network.channel_mult=[1]"]
@@ -231,7 +241,7 @@ def test_the_file_of_the_demo_is_one_that_the_table_reads(tmp_path):
     result = digits_demo.measure(tmp_path / "run", small)
     assert result["processor_seconds"] > 0
     assert result["environment"]["threads"] == 1
-    write(tmp_path, "cpu-digits-2026-01-01.json", result)
+    write_result(tmp_path / "cpu-digits-2026-01-01.json", "digits_demo", {}, result)
     assert newest_results(tmp_path, TABLES["digits"].pattern).keys() == {"cpu-digits"}
     assert re.search(r"real against real \| [\d.]+ \| 1\.00", rewrite(document("digits"), tmp_path))
 
@@ -239,7 +249,6 @@ def test_the_file_of_the_demo_is_one_that_the_table_reads(tmp_path):
 def test_the_time_of_a_part_of_a_run_is_not_that_of_the_run(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(digits_demo.subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr(digits_demo, "environment", lambda device: {})  # runs programs too
     write(tmp_path, "evaluation.json", {"1 step": 0.5})
     write(tmp_path, "run.json", {})
     result = digits_demo.measure(tmp_path, ["seed=1"])
