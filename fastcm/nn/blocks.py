@@ -91,13 +91,8 @@ class Block(nn.Module):
         """The block's output of what ``first_half`` returns; depends on no condition."""
         return self._attend(self._scale(self.conv1(h) + shortcut_NCHW))
 
-    @property
-    def affine_bias(self) -> Tensor:
-        """The bias of the affine map; where that is added before the norm, with the bias of conv0, which is added there too."""
-        return self.affine.bias if self.adaptive_scale else self.affine.bias + self.conv0.bias
-
     def _modulation(self, affine_NA: Tensor) -> dict[str, Tensor]:
-        """What norm1 does before and after normalising; the bias of conv0 is part of it."""
+        """What norm1 does before and after normalising; the bias of conv0 is part of it, already in a row that is an addend."""
         if not self.adaptive_scale:
             return {"addend_NC": affine_NA}
         scale_NC, shift_NC = affine_NA.chunk(2, dim=1)
@@ -109,8 +104,9 @@ class Block(nn.Module):
         attended = ops.attention(self.qkv(self.norm2(x_NCHW)), self.num_heads)
         return self._scale(self.proj(attended) + x_NCHW)
 
-    def _scale(self, x_NCHW: Tensor) -> Tensor:
-        return x_NCHW if self.skip_scale == 1 else x_NCHW * self.skip_scale
+    def _scale(self, sum_NCHW: Tensor) -> Tensor:
+        """In place: no one else needs the sum of a branch and its shortcut."""
+        return sum_NCHW if self.skip_scale == 1 else sum_NCHW.mul_(self.skip_scale)
 
 
 class LastBlock(nn.Module):

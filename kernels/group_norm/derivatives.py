@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..philox import random_bits
 from .call import Call, Gradients, Tangents, compute_dtype
-from .two_pass import group_mean, two_pass_forward
+from .two_pass import group_mean, swapped, two_pass_forward
 
 FEW_PIXELS = 64  # up to here PyTorch's NCHW kernel, with the copies that it needs, is quicker than plain passes
 
@@ -88,9 +88,10 @@ def _normalise(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     a_NC, b_NC = _modulation(call)
     addend_NC = None if call.addend_NC is None else call.addend_NC.to(dtype)
     if call.num_pixels > FEW_PIXELS or call.x_NCHW.numel() == 0:
-        x_NPC = _pixels(call.x_NCHW, dtype)
-        z_NPC, mean_NC, _, rest_NC, rstd_NC = two_pass_forward(x_NPC, addend_NC, a_NC, b_NC, call.num_groups, call.eps)
-        return z_NPC, (mean_NC + rest_NC)[:, ::per_group].contiguous(), rstd_NC[:, ::per_group].contiguous()
+        found = two_pass_forward(swapped(call.x_NCHW.to(dtype)), addend_NC, a_NC, b_NC, call.num_groups, call.eps)
+        mean_NC = found.shift_NC + found.mean_NC
+        z_NPC = _pixels(swapped(found.y_HWNC), dtype)
+        return z_NPC, mean_NC[:, ::per_group].contiguous(), found.rstd_NC[:, ::per_group].contiguous()
     x_NCHW = call.x_NCHW.to(dtype) if addend_NC is None else call.x_NCHW.to(dtype) + addend_NC[:, :, None, None]
     sizes = (*x_NCHW.shape[:2], call.num_pixels, call.num_groups, call.eps)
     shared = len(a_NC) == len(b_NC) == 1

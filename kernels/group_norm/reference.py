@@ -43,22 +43,24 @@ def group_norm(
         gain, offset = gain * (1 + scale_NC), offset * (1 + scale_NC)
     if shift_NC is not None:
         offset = offset + shift_NC
-    normalise = two_pass_norm if _suits_two_pass(x_NCHW) else _native_norm
+    format = memory_format(x_NCHW)
+    normalise = two_pass_norm if _suits_two_pass(x_NCHW, format) else _native_norm
     y = normalise(x_NCHW.to(dtype), num_groups, gain, offset, eps, addend_NC)
     # PyTorch's kernels return NCHW memory on CUDA up to 2.14 whatever they were given.
-    y = y.contiguous(memory_format=memory_format(x_NCHW))
+    y = y.contiguous(memory_format=format)
     if silu:
         y = F.silu(y)
     return random_dropout(y, dropout, dropout_key).to(x_NCHW.dtype)
 
 
-def _suits_two_pass(x_NCHW: Tensor) -> bool:
-    """Whether the plain passes beat PyTorch's kernel: on the CPU, where the image is not tiny.
+def _suits_two_pass(x_NCHW: Tensor, format: torch.memory_format) -> bool:
+    """Whether the plain passes beat PyTorch's kernel: on the CPU, for channels_last images that are not tiny.
 
     Its channels_last CPU kernel is slow and takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
     is large. Its NCHW kernel is fast and exact, but the copies it needs pay for at most 16 pixels.
     """
-    return x_NCHW.device.type == "cpu" and x_NCHW.shape[2] * x_NCHW.shape[3] > 16
+    is_image_of_cpu = x_NCHW.device.type == "cpu" and format == torch.channels_last
+    return is_image_of_cpu and x_NCHW.shape[2] * x_NCHW.shape[3] > 16
 
 
 def _native_norm(x_NCHW: Tensor, num_groups: int, gain: Tensor, offset: Tensor, eps: float, addend_NC: Tensor | None) -> Tensor:

@@ -1,16 +1,33 @@
-"""Group normalisation of channels_last images in few passes over memory, for the CPU.
+"""Group normalisation of channels_last images in few passes over memory, for the CPU: one that sums, one that scales.
 
 PyTorch's channels_last CPU kernel takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean is large,
-and costs three times as much as the plain passes below.
-Shapes: N samples, P pixels, C channels.
+and costs three times as much as the passes below. Here the sums are those of x - shift with a shift near the mean, as in
+Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983), "shifted data".
+Shapes: N samples, C channels, H x W pixels. Images are seen as [H, W, N, C], against which [N, C] broadcasts.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Normalised(NamedTuple):
+    """The normalised image y, and what its gradient needs.
+
+    shifted: x + addend - shift, the same shift for a group; sum: over the pixels of each channel of it; mean: of each group
+    of it; rstd: 1 / standard deviation; slope: rstd times gain. Values of groups are repeated for each of their channels.
+    """
+
+    y_HWNC: Float[Tensor, "H W N C"]
+    shift_NC: Float[Tensor, "N C"]
+    shifted_HWNC: Float[Tensor, "H W N C"]
+    sum_NC: Float[Tensor, "N C"]
+    mean_NC: Float[Tensor, "N C"]
+    rstd_NC: Float[Tensor, "N C"]
+    slope_NC: Float[Tensor, "N C"]
 
 
 def two_pass_norm(
@@ -25,87 +42,93 @@ def two_pass_norm(
     # A compiler differentiates and fuses the plain passes itself.
     if torch.is_grad_enabled() and x_NCHW.requires_grad and not torch.compiler.is_compiling():
         return _TwoPassNorm.apply(x_NCHW, addend_NC, gain, offset, num_groups, eps)
-    return _image(two_pass_forward(_pixels(x_NCHW), addend_NC, gain, offset, num_groups, eps)[0], x_NCHW)
+    return swapped(two_pass_forward(swapped(x_NCHW), addend_NC, gain, offset, num_groups, eps).y_HWNC)
 
 
 def two_pass_forward(
-    x_NPC: Float[Tensor, "N P C"],
+    x_HWNC: Float[Tensor, "H W N C"],
     addend_NC: Float[Tensor, "N C"] | None,
     gain: Float[Tensor, "... C"],
     offset: Float[Tensor, "... C"],
     num_groups: int,
     eps: float,
-) -> tuple[Float[Tensor, "N P C"], Float[Tensor, "N C"], Float[Tensor, "N P C"], Float[Tensor, "N C"], Float[Tensor, "N C"]]:
-    """y and what the gradient needs: the rounded mean, x + addend without it, the rest of the mean, 1 / standard deviation."""
-    mean_NC = x_NPC.mean(1)
-    mean_NC = group_mean(mean_NC if addend_NC is None else mean_NC + addend_NC, num_groups)
-    centred_NPC = x_NPC - (mean_NC if addend_NC is None else mean_NC - addend_NC)[:, None]
-    # A second look at the mean removes the rounding of the first; it costs no further pass that writes.
-    rest_NC = group_mean(centred_NPC.mean(1), num_groups)
-    variance_NC = group_mean((centred_NPC * centred_NPC).mean(1), num_groups) - rest_NC * rest_NC
-    rstd_NC = (variance_NC + eps).rsqrt()
+) -> Normalised:
+    """The norm of images that have a pixel.
+
+    The shift is the mean of a group over the middle row. It is within sqrt(H) standard deviations of the mean over all
+    rows, so that the variance loses no more than the last bits of H + 1 of its own size.
+    """
+    height, width = x_HWNC.shape[:2]
+    row_NC = x_HWNC[height // 2].mean(0)
+    if addend_NC is None:
+        shift_NC = minus_NC = group_mean(row_NC, num_groups)
+    else:
+        shift_NC = group_mean(row_NC + addend_NC, num_groups)
+        minus_NC = shift_NC - addend_NC
+    shifted_HWNC = x_HWNC - minus_NC
+    sum_NC = shifted_HWNC.sum((0, 1))
+    mean_NC = group_mean(sum_NC, num_groups, height * width)
+    square_NC = group_mean((shifted_HWNC * shifted_HWNC).sum((0, 1)), num_groups, height * width)
+    rstd_NC = torch.addcmul(square_NC, mean_NC, mean_NC, value=-1).add_(eps).rsqrt_()
     slope_NC = rstd_NC * gain
-    y_NPC = torch.addcmul((offset - rest_NC * slope_NC)[:, None], centred_NPC, slope_NC[:, None])
-    return y_NPC, mean_NC, centred_NPC, rest_NC, rstd_NC
+    constant_NC = torch.addcmul(offset, mean_NC, slope_NC, value=-1)
+    y_HWNC = torch.addcmul(constant_NC, shifted_HWNC, slope_NC)
+    return Normalised(y_HWNC, shift_NC, shifted_HWNC, sum_NC, mean_NC, rstd_NC, slope_NC)
 
 
 class _TwoPassNorm(torch.autograd.Function):
     """The gradient in closed form from two sums per (sample, channel): B = sum_p dy, A = sum_p dy xh.
 
-    dx = rstd (gain dy - m(gain B) / P - xh m(gain A) / P), m the mean over the channels of a group;
-    dgain = A, doffset = B, daddend = sum_p dx. xh is off by the rounding of the mean, as in PyTorch's own kernel.
+    dx = rstd (gain dy - m(gain B) / P - xh m(gain A) / P), m the mean over the channels of a group, P = H W;
+    dgain = A, doffset = B, daddend = sum_p dx. With s the shifted image, of mean e, xh = (s - e) rstd, and
+    dx = slope dy + along s + constant, of which the sum over pixels is known without a pass.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_NCHW: Tensor, addend_NC: Tensor | None, gain: Tensor, offset: Tensor, num_groups: int, eps: float
     ) -> Tensor:
-        y_NPC, _, centred_NPC, _, rstd_NC = two_pass_forward(_pixels(x_NCHW), addend_NC, gain, offset, num_groups, eps)
-        ctx.save_for_backward(gain, centred_NPC, rstd_NC)
-        ctx.num_groups, ctx.has_addend, ctx.offset_shape = num_groups, addend_NC is not None, offset.shape
-        return _image(y_NPC, x_NCHW)
+        y_HWNC, _, *kept = two_pass_forward(swapped(x_NCHW), addend_NC, gain, offset, num_groups, eps)
+        ctx.save_for_backward(*kept)
+        ctx.num_groups, ctx.has_addend = num_groups, addend_NC is not None
+        ctx.gain_shape, ctx.offset_shape = gain.shape, offset.shape
+        return swapped(y_HWNC)
 
     @staticmethod
     def backward(ctx: Any, dy_NCHW: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # once_differentiable would let autograd.functional.jvp have zeros instead of this message.
             raise RuntimeError("group norm on the CPU has no second derivative; for a JVP use forward mode, under no_grad")
-        gain, centred_NPC, rstd_NC = ctx.saved_tensors
-        dy_NPC = _pixels(dy_NCHW)
-        B_NC = dy_NPC.sum(1)
-        A_NC = (dy_NPC * centred_NPC).sum(1) * rstd_NC
-        share_NC = rstd_NC / -centred_NPC.shape[1]
-        along_NC = share_NC * rstd_NC * group_mean(gain * A_NC, ctx.num_groups)
-        constant_NC = share_NC * group_mean(gain * B_NC, ctx.num_groups)
-        dx_NPC = torch.addcmul(constant_NC[:, None], centred_NPC, along_NC[:, None])
-        dx_NPC.addcmul_(dy_NPC, (rstd_NC * gain)[:, None])
-        daddend_NC = dx_NPC.sum(1) if ctx.has_addend else None
-        dgain, doffset = A_NC.sum_to_size(gain.shape), B_NC.sum_to_size(ctx.offset_shape)
-        return _image(dx_NPC, dy_NCHW), daddend_NC, dgain, doffset, None, None
+        shifted_HWNC, sum_NC, mean_NC, rstd_NC, slope_NC = ctx.saved_tensors
+        dy_HWNC, num_pixels = swapped(dy_NCHW), dy_NCHW.shape[2] * dy_NCHW.shape[3]
+        B_NC = dy_HWNC.sum((0, 1))
+        A_NC = torch.addcmul((dy_HWNC * shifted_HWNC).sum((0, 1)), mean_NC, B_NC, value=-1).mul_(rstd_NC)
+        direct_NC = slope_NC * B_NC  # sum_p of slope dy
+        along_NC = group_mean(slope_NC * A_NC, ctx.num_groups, -num_pixels).mul_(rstd_NC)
+        constant_NC = group_mean(direct_NC, ctx.num_groups, -num_pixels).addcmul_(mean_NC, along_NC, value=-1)
+        dx_HWNC = torch.addcmul(constant_NC, shifted_HWNC, along_NC).addcmul_(dy_HWNC, slope_NC)
+        daddend_NC = direct_NC.addcmul_(along_NC, sum_NC).add_(constant_NC * num_pixels) if ctx.has_addend else None
+        dgain, doffset = A_NC.sum_to_size(ctx.gain_shape), B_NC.sum_to_size(ctx.offset_shape)
+        return swapped(dx_HWNC), daddend_NC, dgain, doffset, None, None
 
 
-def _pixels(x_NCHW: Tensor) -> Tensor:
-    """[N, P, C], without a copy where the image is channels_last."""
-    return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+def swapped(image: Float[Tensor, "A B C D"]) -> Float[Tensor, "C D A B"]:
+    """[N, C, H, W] as [H, W, N, C], and back."""
+    return image.permute(2, 3, 0, 1)
 
 
-def _image(value_NPC: Tensor, like_NCHW: Tensor) -> Tensor:
-    """[N, C, H, W] of a shape, channels_last."""
-    return value_NPC.unflatten(1, like_NCHW.shape[2:]).permute(0, 3, 1, 2)
-
-
-def group_mean(value_NC: Float[Tensor, "N C"], num_groups: int) -> Float[Tensor, "N C"]:
-    """The mean over the channels of each group, repeated for each of them: [N, C]."""
+def group_mean(value_NC: Float[Tensor, "N C"], num_groups: int, divisor: int = 1) -> Float[Tensor, "N C"]:
+    """The mean over the channels of each group, divided by a number and repeated for each of them: [N, C]."""
     num_channels = value_NC.shape[1]
     if torch.compiler.is_compiling():
         grouped = value_NC.unflatten(1, (num_groups, -1))
-        return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
-    return value_NC @ _averaging_matrix(num_channels, num_groups, value_NC.dtype)  # one call instead of four
+        return (grouped.mean(2, keepdim=True) / divisor).expand_as(grouped).flatten(1)
+    return value_NC @ _averaging_matrix(num_channels, num_groups, divisor, value_NC.dtype)  # one call instead of five
 
 
 @lru_cache
-def _averaging_matrix(num_channels: int, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """[C, C]: 1 / (channels of a group) where two channels share a group, else 0."""
+def _averaging_matrix(num_channels: int, num_groups: int, divisor: int, dtype: torch.dtype) -> Tensor:
+    """[C, C]: 1 / (channels of a group) / divisor where two channels share a group, else 0."""
     with torch.inference_mode(False):  # kept for later calls, which may need a gradient
         group_C = torch.arange(num_channels) // (num_channels // num_groups)
-        return (group_C[:, None] == group_C).to(dtype) * (num_groups / num_channels)
+        return (group_C[:, None] == group_C).to(dtype) * (num_groups / num_channels / divisor)

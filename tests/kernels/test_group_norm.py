@@ -232,6 +232,18 @@ def test_a_mean_far_from_zero_costs_no_precision(mean, size):
     torch.testing.assert_close(group_norm(x, 2, one, zero, 1e-6).double(), expected, rtol=0, atol=mean * 2**-22)
 
 
+def test_a_middle_row_unlike_all_others_costs_the_bits_of_the_number_of_rows():
+    x = image("x", 2, 8, 32, 32, dtype=torch.float32)
+    x[:, :, 16] += 1000
+    x, one = x.requires_grad_(), torch.ones(8)
+    y = group_norm_reference(x, 2, one, one, 1e-6)
+    expected = group_norm_reference(x.double(), 2, one, one, 1e-6)
+    assert (y - expected).abs().max() < 32 * 2**-23 * expected.abs().max()
+    dy = image("dy", 2, 8, 32, 32)
+    found, truth = (torch.autograd.grad(value, x, dy.to(value.dtype))[0] for value in (y, expected))
+    assert (found - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
 def test_no_samples():
     values = [value.requires_grad_() for value in arguments(2, 8, 3, 5, torch.float32)]
     x, weight, bias, *_ = values
@@ -300,7 +312,7 @@ def test_costs_are_one_read_and_one_write_of_each_image():
 
 
 def test_a_second_derivative_on_the_cpu_is_an_error_and_not_zero():
-    x, one = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0), requires_grad=True), torch.ones(8)
+    x, one = image("x", 2, 8, 6, 6, dtype=torch.float32).requires_grad_(), torch.ones(8)
     (gradient,) = torch.autograd.grad(group_norm_reference(x, 2, one, one, 1e-5).square().sum(), x, create_graph=False)
     assert gradient.isfinite().all()
     with pytest.raises(RuntimeError, match="no second derivative"):
