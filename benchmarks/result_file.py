@@ -23,5 +23,6 @@ def write_result(
     command = " ".join([f"python -m benchmarks.{module}", *words])
     place = environment(device or torch.device("cpu"))
     # What was measured may know better where it ran, such as in a process of its own with other threads.
-    facts = {"command": command, "environment": place | measured.get("environment", {})}
-    atomic_write(path, as_json({**options, **measured, **facts}, indent=1) + "\n")
+    place |= measured.get("environment", {})
+    result = {"command": command, **options, **measured, "environment": place}
+    atomic_write(path, as_json(result, indent=1) + "\n")

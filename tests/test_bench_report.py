@@ -2,13 +2,14 @@
 
 import json
 import math
+import subprocess
 
 import pytest
 import torch
 
 from fastcm.bench import costs
 from fastcm.bench.cases import DTYPES, OP_PASSES, PASSES, cases
-from fastcm.bench.hardware import DATA_SHEETS, environment
+from fastcm.bench.hardware import DATA_SHEETS, environment, source_commit
 from fastcm.bench.report import as_json, floor_table, kernel_table, load, save, slower, text_table
 from fastcm.errors import ConfigError
 
@@ -138,6 +139,26 @@ def test_every_case_has_a_cost():
         assert cost.write_bytes > 0
         assert cost.flops > 0
     assert len(floor_table(chosen).splitlines()) == len(chosen) + 3
+
+
+def test_a_commit_is_marked_where_the_code_differs_from_it_and_not_for_results_and_documents(tmp_path):
+    def git(*words):
+        options = ["-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.run(["git", *options, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert source_commit(tmp_path) is None
+    for name in ("fastcm/a.py", "kernels/b.py", "benchmarks/results/c.json", "benchmarks/NOTES.md", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD")
+    for name in ("benchmarks/results/c.json", "benchmarks/results/new.json", "benchmarks/NOTES.md", "README.md"):
+        (tmp_path / name).write_text("2")
+    assert source_commit(tmp_path) == commit
+    (tmp_path / "kernels" / "b.py").write_text("2")
+    assert source_commit(tmp_path) == commit + "+"
 
 
 def test_the_environment_names_the_versions():

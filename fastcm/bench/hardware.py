@@ -47,7 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "commit": _commit(),
+        "commit": source_commit(Path(__file__).parents[2]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -75,13 +75,16 @@ def _clocks() -> dict[str, str]:
     return dict(zip(CLOCKS.split(","), values, strict=False))
 
 
-def _commit() -> str | None:
-    """The commit of a source checkout, with "+" where files differ from it; None for an installed package."""
-    root = Path(__file__).parents[2]
+def source_commit(root: Path) -> str | None:
+    """The commit of a source checkout, with "+" where what can be measured differs from it; None for an installed package.
+
+    Documents and result files do not count, so that several results can be measured in a row.
+    """
     if not (root / ".git").exists():
         return None
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changed = _output(["git", "-C", str(root), "status", "--porcelain"])
+    measured = ["fastcm", "kernels", "configs", "benchmarks", "setup.py", ":!benchmarks/results", ":!*.md"]
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--", *measured])
     return commit and commit + ("+" if changed else "")
 
 
