@@ -91,8 +91,13 @@ class Block(nn.Module):
         """The block's output of what ``first_half`` returns; depends on no condition."""
         return self._attend(self._scale(self.conv1(h) + shortcut_NCHW))
 
+    @property
+    def affine_bias(self) -> Tensor:
+        """The bias of the affine map; where that is added before the norm, with the bias of conv0, which is added there too."""
+        return self.affine.bias if self.adaptive_scale else self.affine.bias + self.conv0.bias
+
     def _modulation(self, affine_NA: Tensor) -> dict[str, Tensor]:
-        """What norm1 does before and after normalising; the bias of conv0 is part of it, already in a row that is an addend."""
+        """What norm1 does before and after normalising; the bias of conv0 is part of it."""
         if not self.adaptive_scale:
             return {"addend_NC": affine_NA}
         scale_NC, shift_NC = affine_NA.chunk(2, dim=1)

@@ -33,10 +33,10 @@ class Linear(nn.Module):
 
 
 def linear_of_all(
-    x: Float[Tensor, "N I"], weights: Sequence[Float[Tensor, "_ I"]], bias: Float[Tensor, " O"]
+    x: Float[Tensor, "N I"], weights: Sequence[Float[Tensor, "_ I"]], biases: Sequence[Float[Tensor, " _"]]
 ) -> Float[Tensor, "N O"]:
     """The outputs of several linear layers with one input, side by side, by one matrix product."""
-    return F.linear(x, torch.cat(list(weights)).to(x.dtype), bias.to(x.dtype))
+    return F.linear(x, torch.cat(list(weights)).to(x.dtype), torch.cat(list(biases)).to(x.dtype))
 
 
 class Resample(nn.Module):

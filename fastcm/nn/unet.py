@@ -177,14 +177,12 @@ class UNet(Network):
     def _project(self, emb_NE: Tensor, second_NE: Tensor | None) -> tuple[Tensor, ...]:
         """The affine maps of all blocks, in the order of their sites, as one matrix product instead of dozens of tiny ones."""
         blocks = self._blocks
-        bias_A = torch.cat([block.affine.bias for block in blocks])
-        if not self.family.adaptive_scale:  # the row is added to what conv0 makes, and so its bias with it
-            bias_A = bias_A + torch.cat([block.conv0.bias for block in blocks])
-        affine_NA = linear_of_all(emb_NE, [block.affine.weight for block in blocks], bias_A)
+        affine_NA = linear_of_all(emb_NE, [block.affine.weight for block in blocks], [block.affine_bias for block in blocks])
         if second_NE is not None:
             layers = [block.affine_s for block in blocks]
-            second_bias_A = torch.cat([layer.bias for layer in layers])
-            affine_NA = affine_NA + linear_of_all(second_NE, [layer.weight for layer in layers], second_bias_A)
+            affine_NA = affine_NA + linear_of_all(
+                second_NE, [layer.weight for layer in layers], [layer.bias for layer in layers]
+            )
         return affine_NA.split([len(block.affine.bias) for block in blocks], dim=1)
 
     def _embed_labels(self, labels: Tensor | None, num: int, device: torch.device) -> Tensor | None:
