@@ -214,7 +214,7 @@ class UNet(Network):
             image_NCHW = self.enc[level_name(resolution, "aux_down")](image_NCHW)
             return x_NCHW + self.enc[level_name(resolution, "aux_skip")](image_NCHW), image_NCHW
         if self.family.encoder == "residual":
-            x_NCHW = (x_NCHW + self.enc[level_name(resolution, "aux_residual")](image_NCHW)) * math.sqrt(0.5)
+            x_NCHW = (x_NCHW + self.enc[level_name(resolution, "aux_residual")](image_NCHW)).mul_(math.sqrt(0.5))
             return x_NCHW, x_NCHW
         return x_NCHW, image_NCHW
 

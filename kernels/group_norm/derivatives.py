@@ -90,7 +90,7 @@ def _normalise(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if call.num_pixels > FEW_PIXELS or call.x_NCHW.numel() == 0:
         found = two_pass_forward(swapped(call.x_NCHW.to(dtype)), addend_NC, a_NC, b_NC, call.num_groups, call.eps)
         mean_NC = found.shift_NC + found.mean_NC
-        z_NPC = _pixels(swapped(found.y_HWNC), dtype)
+        z_NPC = found.y_HWNC.permute(2, 0, 1, 3).flatten(1, 2)
         return z_NPC, mean_NC[:, ::per_group].contiguous(), found.rstd_NC[:, ::per_group].contiguous()
     x_NCHW = call.x_NCHW.to(dtype) if addend_NC is None else call.x_NCHW.to(dtype) + addend_NC[:, :, None, None]
     sizes = (*x_NCHW.shape[:2], call.num_pixels, call.num_groups, call.eps)

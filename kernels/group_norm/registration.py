@@ -102,8 +102,10 @@ def checked_call(
     """The arguments of the ops; ValueError or TypeError, naming argument and value, for what cannot be computed."""
     if x_NCHW.ndim != 4:
         raise ValueError(f"x_NCHW has shape {tuple(x_NCHW.shape)}, expected four axes (N, C, H, W)")
-    n, channels = x_NCHW.shape[:2]
+    n, channels, height, width = x_NCHW.shape
     check_tensor("x_NCHW", x_NCHW, dtypes=FLOATS_64)
+    if height * width == 0:
+        raise ValueError(f"x_NCHW has shape {tuple(x_NCHW.shape)}, expected images that have a pixel")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, which does not divide the {channels} channels of x_NCHW")
     if not 0 <= dropout < 1 or round(dropout * 2**32) == 2**32:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from fastcm.kernels.group_norm import forward_ad, group_norm, group_norm_jvp, group_norm_reference
@@ -10,6 +11,7 @@ from fastcm.kernels.group_norm.cost import forward as forward_cost
 from fastcm.kernels.group_norm.cost import jvp as jvp_cost
 from fastcm.kernels.group_norm.registration import _norm, _norm_backward, _norm_jvp, checked_call, checked_tangents
 from fastcm.kernels.group_norm.tiling import slab_channels
+from fastcm.kernels.group_norm.two_pass import _averaging_matrix
 from fastcm.random import Stream
 
 EPS = 1e-3
@@ -232,16 +234,48 @@ def test_a_mean_far_from_zero_costs_no_precision(mean, size):
     torch.testing.assert_close(group_norm(x, 2, one, zero, 1e-6).double(), expected, rtol=0, atol=mean * 2**-22)
 
 
-def test_a_middle_row_unlike_all_others_costs_the_bits_of_the_number_of_rows():
-    x = image("x", 2, 8, 32, 32, dtype=torch.float32)
-    x[:, :, 16] += 1000
+@pytest.mark.parametrize("size", [(32, 32), (60, 2), (256, 4)])
+@pytest.mark.parametrize("row", [0, 7, 16, 128])
+def test_a_row_unlike_all_others_costs_few_bits(row, size):
+    x = image("x", 2, 8, *size, dtype=torch.float32)
+    x[:, :, row % size[0]] += 1000
     x, one = x.requires_grad_(), torch.ones(8)
     y = group_norm_reference(x, 2, one, one, 1e-6)
     expected = group_norm_reference(x.double(), 2, one, one, 1e-6)
-    assert (y - expected).abs().max() < 32 * 2**-23 * expected.abs().max()
-    dy = image("dy", 2, 8, 32, 32)
+    assert (y - expected).abs().max() < 16 * 2**-23 * expected.abs().max()
+    dy = image("dy", 2, 8, *size)
     found, truth = (torch.autograd.grad(value, x, dy.to(value.dtype))[0] for value in (y, expected))
     assert (found - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("value", [21623214.0, 1e9])
+def test_a_constant_image_has_no_variance_below_zero(value):
+    x = torch.full((1, 10, 5, 5), value).contiguous(memory_format=torch.channels_last)
+    assert group_norm_reference(x, 1, torch.ones(10), torch.zeros(10), 1e-6).isfinite().all()
+
+
+@pytest.mark.parametrize("foreign", [lambda x: x[:, :, 1:-1, 1:-1], lambda x: x[:, 1:9], lambda x: x.transpose(2, 3)])
+def test_the_reference_takes_images_of_any_strides(foreign):
+    x = foreign(torch.randn(2, 16, 8, 10, generator=torch.Generator().manual_seed(0)))[:, :8]
+    one, dense = torch.ones(8), x.contiguous(memory_format=torch.channels_last)
+    found, expected = (value.requires_grad_() for value in (x.detach(), dense.detach()))
+    y, truth = (group_norm_reference(value, 2, one, one, 1e-6) for value in (found, expected))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(v.square().sum(), i)[0] for v, i in ((y, found), (truth, expected))))
+
+
+def test_a_default_device_or_fake_tensors_leave_no_constants_behind():
+    x, one = image("x", 2, 24, 6, 6, dtype=torch.float32), torch.ones(24)
+    expected = group_norm_reference(x.double(), 3, one, one, 1e-6).float()
+    _averaging_matrix.cache_clear()
+    with torch.device("meta"):
+        group_norm_reference(x, 3, one, one, 1e-6)
+    with FakeTensorMode() as mode:
+        x_fake, one_fake = mode.from_tensor(x), mode.from_tensor(one)
+        _averaging_matrix.cache_clear()
+        group_norm_reference(x_fake, 3, one_fake, one_fake, 1e-6)
+    torch.testing.assert_close(group_norm_reference(x, 3, one, one, 1e-6), expected)
 
 
 def test_no_samples():
@@ -255,6 +289,7 @@ def test_no_samples():
 ERRORS = [
     ({"x_NCHW": torch.ones(2, 8)}, ValueError, r"x_NCHW has shape \(2, 8\)"),
     ({"x_NCHW": torch.ones(2, 8, 3, 3, dtype=torch.int32)}, TypeError, "x_NCHW has dtype int32"),
+    ({"x_NCHW": torch.ones(2, 8, 0, 3)}, ValueError, r"x_NCHW has shape \(2, 8, 0, 3\), expected images that have a pixel"),
     ({"num_groups": 3}, ValueError, "num_groups is 3, which does not divide the 8 channels"),
     ({"num_groups": 0}, ValueError, "num_groups is 0"),
     ({"weight_C": torch.ones(7)}, ValueError, r"weight_C has shape \(7,\), expected \(8,\)"),
