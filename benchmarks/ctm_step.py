@@ -65,8 +65,8 @@ class OurStep:
     def generator_step(self, draws: Draws, adversarial: bool) -> Tensor:
         """The student's gradient; the consistency loss of each image."""
         levels = draws.noise, draws.dsm_sigma, draws.dsm_noise
-        task = self.step.task(draws.batch, draws.jumps, draws.num_steps, *levels)
-        return self.step.accumulate(task, adversarial=adversarial)
+        solved = self.step.solved_microbatch(draws.batch, draws.jumps, draws.num_steps, *levels)
+        return self.step.accumulate(solved, adversarial=adversarial)
 
     def discriminator_step(self, draws: Draws) -> None:
         """The discriminator's gradient."""
