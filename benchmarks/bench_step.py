@@ -1,4 +1,4 @@
-"""Whole training steps under pytest-benchmark: the baselines of ``contestants.py`` and fastcm on each backend.
+"""Whole training steps under pytest-benchmark: the plain baselines and fastcm on each backend.
 
     pytest benchmarks/bench_step.py --benchmark-json=new.json [--benchmark-compare-fail=median:10%]
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.contestants import Contestant, Setup, backend, our_contestant, plain_contestants, tf32
-from benchmarks.step_time import WARM_UP
+from benchmarks.baselines.contestants import Contestant, Setup, backend, our_contestant, plain_contestants, tf32
+from benchmarks.measuring.step_time import WARM_UP
 from fastcm.bench.hardware import environment
 
 pytest.importorskip("pytest_benchmark")

@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.contestants import NETWORKS, random_dataset
-from benchmarks.result_file import write_result
-from benchmarks.step import CONFIGS, measure
+from benchmarks.baselines.contestants import CPU_NETWORKS, NETWORKS, random_dataset
+from benchmarks.measuring.in_turns import median_seconds
+from benchmarks.measuring.result_file import write_result
 from fastcm.config import load_config
 from fastcm.train.build import keep_freed_memory
 from fastcm.train.phase import Phase
@@ -34,7 +34,7 @@ def ect_phase(name: str, batch_size: int, q: float) -> Phase:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=CONFIGS, default="digits")
+    parser.add_argument("--config", choices=CPU_NETWORKS, default="digits")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--q", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=40)
@@ -47,7 +47,7 @@ def main() -> None:
         with patch("fastcm.objectives.consistency.on_cpu", return_value=False):
             phase.step()
 
-    medians = measure({"all_rows": all_rows, "fastcm": phase.step}, arguments.rounds)
+    medians = median_seconds({"all_rows": all_rows, "fastcm": phase.step}, arguments.rounds)
     ratio = medians["all_rows"] / medians["fastcm"]
     print(", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in medians.items()) + f", ratio {ratio:.2f}")
     if arguments.json:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.gpu_report import RESULTS, ROOT, gpu_slug
+from benchmarks.measuring.result_file import RESULTS, ROOT, gpu_slug
 from fastcm.bench.hardware import environment
 from fastcm.bench.report import as_json
 from fastcm.config import load_config

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.result_file import write_result
+from benchmarks.measuring.result_file import write_result
 from fastcm.config import ComputeConfig
 from fastcm.data.batch import Batch
 from fastcm.data.dataset import load_resident

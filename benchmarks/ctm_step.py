@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.contestants import random_dataset
-from benchmarks.ctm_literal import Draws, LiteralStep
-from benchmarks.result_file import write_result
-from benchmarks.step import measure
+from benchmarks.baselines.contestants import random_dataset
+from benchmarks.baselines.ctm_literal import Draws, LiteralStep
+from benchmarks.measuring.in_turns import median_seconds
+from benchmarks.measuring.result_file import write_result
 from fastcm.config import parse_config
 from fastcm.random import Stream
 from fastcm.train.build import keep_freed_memory
@@ -65,8 +65,8 @@ class OurStep:
     def generator_step(self, draws: Draws, adversarial: bool) -> Tensor:
         """The student's gradient; the consistency loss of each image."""
         levels = draws.noise, draws.dsm_sigma, draws.dsm_noise
-        task = self.step.task(draws.batch, draws.jumps, draws.num_steps, *levels)
-        return self.step.accumulate(task, adversarial=adversarial)
+        solved = self.step.solved_microbatch(draws.batch, draws.jumps, draws.num_steps, *levels)
+        return self.step.accumulate(solved, adversarial=adversarial)
 
     def discriminator_step(self, draws: Draws) -> None:
         """The discriminator's gradient."""
@@ -214,7 +214,7 @@ def compare(size: str, batch_size: int, num_steps: int, rounds: int, device: tor
     rows = []
     for part in parts["literal"]:
         work = {name: count_passes(parts[name][part], networks_of(contestants[name])) for name in ("literal", "fastcm")}
-        medians = measure({name: waiting(calls[part], device) for name, calls in parts.items()}, rounds)
+        medians = median_seconds({name: waiting(calls[part], device) for name, calls in parts.items()}, rounds)
         ratios = {name: medians["literal"] / seconds for name, seconds in medians.items() if name != "literal"}
         predicted = work["literal"].total() / work["fastcm"].total()
         rows.append(

@@ -15,11 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result_file import write_result
+from benchmarks.measuring.result_file import RESULTS, write_result
 from fastcm.config import load_config
 from fastcm.io.run_files import RunFiles
 
-RESULTS = Path(__file__).parent / "results"
 CONFIG = "digits"
 
 

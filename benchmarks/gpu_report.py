@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -30,14 +29,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_goals import beside
-from benchmarks.gpu_table import markdown
-from benchmarks.peers import PEERS, variable
+from benchmarks.baselines.peers import PEERS, variable
+from benchmarks.gpu.goals import beside
+from benchmarks.gpu.table import markdown
+from benchmarks.measuring.result_file import RESULTS, ROOT, gpu_slug
 from fastcm.bench.report import as_json
 from fastcm.io.atomic import atomic_write
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 2
 
 MINUTES = 8.75  # of a call; the rest of nine is for its own start and end
@@ -66,7 +64,7 @@ Command = Callable[[str, Path, list[str]], list[str]]  # part, file for its line
 def part_command(part: str, lines: Path, done: list[str], smoke: bool) -> list[str]:
     """How a part is started."""
     items = [word for item in done for word in ("--done", item)]
-    return [sys.executable, "-m", "benchmarks.gpu_parts", part, "--lines", str(lines), *items, *(["--smoke"] if smoke else [])]
+    return [sys.executable, "-m", "benchmarks.gpu.parts", part, "--lines", str(lines), *items, *(["--smoke"] if smoke else [])]
 
 
 def read_result(path: Path, smoke: bool) -> Result:
@@ -169,11 +167,6 @@ def fail(line: str) -> None:
     """End with code 2 and one line."""
     print(f"gpu_report: error: {line}", file=sys.stderr)
     sys.exit(2)
-
-
-def gpu_slug() -> str:
-    """The name of the GPU as the names of result files begin."""
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
 def default_path(smoke: bool) -> Path:

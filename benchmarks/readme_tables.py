@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_goals import commit_of
-from benchmarks.gpu_table import COMMAND, step_rates, table
+from benchmarks.gpu.goals import commit_of
+from benchmarks.gpu.table import COMMAND, step_rates, table
+from benchmarks.measuring.result_file import ROOT
 from fastcm.io.atomic import atomic_write
 
-ROOT = Path(__file__).parent.parent
 REGION = re.compile(r"(<!-- numbers: ([\w-]+) -->\n)(.*?)(<!-- end of numbers -->)", re.DOTALL)
 DATED = re.compile(r"(.+)-(\d{4}-\d{2}-\d{2})\.json")
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 import fastcm.kernels
-from benchmarks.contestants import backend
-from benchmarks.gpu_report import RESULTS, ROOT, gpu_slug
+from benchmarks.baselines.contestants import backend
+from benchmarks.measuring.result_file import RESULTS, ROOT, gpu_slug
 from fastcm.bench.backends import FOLDERS, backends, prepare
 from fastcm.bench.cases import OP_PASSES, AttentionShape, Case, GroupNormShape, ImageShape, Shape, build
 from fastcm.bench.hardware import environment

@@ -142,7 +142,7 @@ def run(density, objective, num_steps, t_place, s_place, off=0.0):
     jumps = objective.jumps_at(*places, num_steps)
     noise = Stream(2, "noise").image_normal(images.index, SHAPE)
     step = CTMStep(networks, objective, 0, 0, compiled=False)
-    loss_N = step.accumulate(step.task(images, jumps, num_steps, noise, torch.ones(16), noise))
+    loss_N = step.accumulate(step.solved_microbatch(images, jumps, num_steps, noise, torch.ones(16), noise))
     return loss_N, torch.stack([p.grad.norm() for p in networks.student.net.head.parameters()]).norm()
 
 

@@ -86,7 +86,7 @@ def run(name, **changes):
         order = torch.cat([torch.arange(half) * 2, torch.arange(half) * 2 + 1])
         normal, uniform = (tensors[key].repeat(2) for key in ("in/dsm_randn_sigma", "in/dsm_rand_sigma"))
         sigma, noise = objective.dsm_sigma_at(order, normal, uniform), tensors["in/dsm_noise"]
-    loss_N = step.accumulate(step.task(batch, jumps, num_steps, tensors["in/noise"], sigma, noise))
+    loss_N = step.accumulate(step.solved_microbatch(batch, jumps, num_steps, tensors["in/noise"], sigma, noise))
     return case, objective, step, (batch, jumps, loss_N)
 
 

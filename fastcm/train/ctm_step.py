@@ -41,10 +41,10 @@ class Noised(NamedTuple):
     input_NCHW: Float[Tensor, "N C H W"]
 
 
-class Task(NamedTuple):
-    """What is known of some images before the student learns from them: their jumps, where it begins, and what to come to.
+class SolvedMicrobatch(NamedTuple):
+    """A microbatch before the student sees it: its jumps, x_t, and x_u = Solver(x_t, t, u), from which the target is made.
 
-    x_u_NCHW: the teacher's way from x_t to u. at_sigma: the images of the denoising loss, None without one.
+    x_u_NCHW: by the teacher, or by the moving average where there is none. at_sigma: the images of the denoising loss, if any.
     """
 
     batch: TrainingBatch
@@ -54,10 +54,10 @@ class Task(NamedTuple):
     at_sigma: Noised | None
 
 
-class Work(NamedTuple):
-    """The tasks of a batch, one for each microbatch; whether the adversary has a say."""
+class PreparedBatch(NamedTuple):
+    """What the student's step takes of a batch: its microbatches, solved, and whether the adversary has a say."""
 
-    tasks: list[Task]
+    microbatches: list[SolvedMicrobatch]
     adversarial: bool
 
 
@@ -107,26 +107,26 @@ class CTMStep:
         self._distance = graphs.compiled(partial(objective.consistency_loss, networks), compiled)
         self._denoising = graphs.compiled(self._plain_denoising, compiled)
 
-    def prepare(self, batch: Batch, first_image: int) -> Work:
-        """The tasks of a batch, whose first image has this global number, which names the draw of the solver steps."""
+    def prepare(self, batch: Batch, first_image: int) -> PreparedBatch:
+        """The batch, solved; its first image has this global number, which names the draw of the solver steps."""
         num_steps, count = self._num_solver_steps(batch, first_image)
-        tasks = []
+        microbatches = []
         for part in parts_of(batch, self.microbatch_size):
             jumps, points = self._begin(part, count)
-            tasks.append(self._task(part, jumps, num_steps, points))
-        return Work(tasks, self.adversary is not None and self.adversary.active(first_image))
+            microbatches.append(self._solved(part, jumps, num_steps, points))
+        return PreparedBatch(microbatches, self.adversary is not None and self.adversary.active(first_image))
 
     def _num_solver_steps(self, batch: Batch, first_image: int) -> tuple[int, Float[Tensor, ""]]:
         """k, for the host, which repeats the solver's step, and for the device, where one recording serves every k."""
         num_steps = self.objective.num_solver_steps(self.seed, first_image)
         return num_steps, torch.full((), float(num_steps), device=batch.index.device)
 
-    def __call__(self, work: Work, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, prepared: PreparedBatch, schedule: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Consistency loss and noise level t of every image, detached; a CUDA graph can hold it. CTM has no schedule."""
-        num_images, losses = sum(len(task.batch.index) for task in work.tasks), []
-        for task in work.tasks:
-            losses.append(self.accumulate(task, len(task.batch.index) / num_images, work.adversarial))
-        return torch.cat(losses), torch.cat([task.jumps.t_N for task in work.tasks])
+        num_images, losses = sum(len(solved.batch.index) for solved in prepared.microbatches), []
+        for solved in prepared.microbatches:
+            losses.append(self.accumulate(solved, len(solved.batch.index) / num_images, prepared.adversarial))
+        return torch.cat(losses), torch.cat([solved.jumps.t_N for solved in prepared.microbatches])
 
     def prepare_discriminator(self, batch: Batch, first_image: int) -> tuple[Batch, Float[Tensor, ""]]:
         """What ``train_discriminator`` takes: the batch, and k of the jumps that the student estimates its images by."""
@@ -147,7 +147,7 @@ class CTMStep:
         return self._estimate(features, list(self._tail.parameters()), at_t, jumps, batch.labels)
 
     @torch.no_grad()
-    def task(
+    def solved_microbatch(
         self,
         batch: TrainingBatch,
         jumps: Jumps,
@@ -155,13 +155,15 @@ class CTMStep:
         noise: Noise,
         dsm_sigma_N: Float[Tensor, " N"],
         dsm_noise: Noise,
-    ) -> Task:
-        """The task at given noise levels, with unit normal noises or their keys."""
-        return self._task(batch, jumps, num_steps, self._points(batch, jumps, noise, dsm_sigma_N, dsm_noise))
+    ) -> SolvedMicrobatch:
+        """The microbatch, solved from given noise levels, with unit normal noises or their keys."""
+        return self._solved(batch, jumps, num_steps, self._points(batch, jumps, noise, dsm_sigma_N, dsm_noise))
 
-    def _task(self, batch: TrainingBatch, jumps: Jumps, num_steps: int, points: tuple[Noised, Noised | None]) -> Task:
+    def _solved(
+        self, batch: TrainingBatch, jumps: Jumps, num_steps: int, points: tuple[Noised, Noised | None]
+    ) -> SolvedMicrobatch:
         at_t, at_sigma = points
-        return Task(batch, jumps, at_t, self.solve(at_t.x_NCHW, jumps, num_steps, batch.labels), at_sigma)
+        return SolvedMicrobatch(batch, jumps, at_t, self.solve(at_t.x_NCHW, jumps, num_steps, batch.labels), at_sigma)
 
     @torch.no_grad()
     def _draw(self, batch: Batch, num_steps: Float[Tensor, ""]) -> tuple[Jumps, tuple[Noised, Noised | None]]:
@@ -177,25 +179,25 @@ class CTMStep:
         at_sigma = None if self.objective.dsm == "none" else self._noised(batch, dsm_sigma_N, dsm_noise)
         return self._noised(batch, jumps.t_N, noise), at_sigma
 
-    def accumulate(self, task: Task, share: float = 1.0, adversarial: bool = False) -> Float[Tensor, " N"]:
-        """Add the gradient of a task, times ``share`` and the loss scale; the consistency loss of each image, detached.
+    def accumulate(self, solved: SolvedMicrobatch, share: float = 1.0, adversarial: bool = False) -> Float[Tensor, " N"]:
+        """Add the gradient of a microbatch, times ``share`` and the loss scale; the consistency loss of each image, detached.
 
         adversarial: whether the adversary has a say.
         """
-        batch, jumps, at_t = task.batch, task.jumps, task.at_t
-        target_NCHW = self.target(task.x_u_NCHW, jumps, batch.labels)
+        batch, jumps, at_t = solved.batch, solved.jumps, solved.at_t
+        target_NCHW = self.target(solved.x_u_NCHW, jumps, batch.labels)
         points, second = [at_t], [self._second(self.objective.jumped_to(jumps))]
-        if task.at_sigma is not None:
-            points.append(task.at_sigma)
-            second.append(task.at_sigma.scalings.c_noise)
+        if solved.at_sigma is not None:
+            points.append(solved.at_sigma)
+            second.append(solved.at_sigma.scalings.c_noise)
         features = self._features(points, second, batch.labels)
         leaves = [part.detach().requires_grad_() for part in features.split(len(batch.images))]
         layer = list(self._tail.parameters())
         loss_N, ctm, gan = self._differentiate(leaves[0], layer, at_t, target_NCHW, jumps, batch, adversarial)
         total = ctm if gan is None else ctm.plus(gan, self._gan_factor(ctm, gan))
         by_layer, by_features = total
-        if task.at_sigma is not None:
-            dsm_N = self._denoising(leaves[1], layer, task.at_sigma, batch.images)
+        if solved.at_sigma is not None:
+            dsm_N = self._denoising(leaves[1], layer, solved.at_sigma, batch.images)
             dsm = _gradients(scaled(dsm_N.mean(), self.loss_scale), layer, leaves[1])
             factor = self._dsm_factor(ctm, dsm)
             by_layer = [one + factor * other for one, other in zip(by_layer, dsm.layer, strict=True)]

@@ -21,7 +21,7 @@ from fastcm.nn.build import build_network
 from fastcm.objectives import CTM, Networks
 from fastcm.train.adversary import Adversary
 from fastcm.train.build import build_objective, sampling_form
-from fastcm.train.ctm_step import CTMStep, Work
+from fastcm.train.ctm_step import CTMStep, PreparedBatch
 from fastcm.train.loss_scale import LossScale
 from fastcm.train.networks import (
     DTYPES,
@@ -165,7 +165,9 @@ class Phase:
             self._student_step(prepared, schedule, self._scalar(self.learning_rate), self._ema_betas())
         self.images += size
 
-    def _plain_student_step(self, prepared: Batch | Work, schedule: dict[str, Tensor], lr: Tensor, ema_betas: Tensor) -> None:
+    def _plain_student_step(
+        self, prepared: Batch | PreparedBatch, schedule: dict[str, Tensor], lr: Tensor, ema_betas: Tensor
+    ) -> None:
         loss_N, sigma_N = self.gradient(prepared, schedule)
         finite, norm = self.optimizer.step(lr, ema_betas, self.gradient.loss_scale)
         self.model.net.constrain_weights(finite)

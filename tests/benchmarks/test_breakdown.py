@@ -6,10 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import breakdown
-from benchmarks.breakdown import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, LOSS, NORM, OPTIMIZER, PRODUCT, UNKNOWN, category
-from benchmarks.gpu_table import category_floors, markdown
-from benchmarks.step_time import Event
+from benchmarks.gpu import breakdown
+from benchmarks.gpu.breakdown import (
+    ATTENTION,
+    CONVOLUTION,
+    COPY,
+    ELEMENTWISE,
+    LOSS,
+    NORM,
+    OPTIMIZER,
+    PRODUCT,
+    UNKNOWN,
+    category,
+)
+from benchmarks.gpu.table import category_floors, markdown
+from benchmarks.measuring.step_time import Event
 from fastcm.bench.cases import GroupNormShape, cases
 from fastcm.bench.costs import case_cost
 from fastcm.bench.shapes import parameter_shapes

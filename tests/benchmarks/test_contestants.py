@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from benchmarks import bench_step, boundary, step
-from benchmarks.contestants import NETWORKS, Setup, backend, our_contestant, ours, plain, tf32
-from benchmarks.gpu_steps import GRAPH_OFF
-from benchmarks.plain import PlainUNet
-from benchmarks.step_time import WARM_UP, measure_step
+from benchmarks.baselines.contestants import NETWORKS, Setup, backend, our_contestant, ours, plain, tf32
+from benchmarks.baselines.plain import PlainUNet
+from benchmarks.gpu.steps import GRAPH_OFF
+from benchmarks.measuring.step_time import WARM_UP, measure_step
 from fastcm.kernels.runtime.fallback import is_strict
 from fastcm.nn.build import build_network
 from fastcm.random import Stream

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import ctm_step
-from benchmarks.ctm_literal import LiteralStep, plain_name
+from benchmarks.baselines.ctm_literal import LiteralStep, plain_name
 from benchmarks.ctm_step import OurStep, build_phase, count_passes, draw, networks_of
 from fastcm.random import Stream
 

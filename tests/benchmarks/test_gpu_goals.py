@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from benchmarks import gpu_goals
-from benchmarks.gpu_goals import GOALS, MAIN, beside, goal_lines, num_cases
-from benchmarks.gpu_parts import PARTS
-from benchmarks.gpu_size import FULL, GPU_TESTS
-from benchmarks.gpu_table import markdown
+from benchmarks.gpu import goals
+from benchmarks.gpu.goals import GOALS, MAIN, beside, goal_lines, num_cases
+from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.size import FULL, GPU_TESTS
+from benchmarks.gpu.table import markdown
 
 DEVICE = "NVIDIA H200"
 
@@ -146,8 +146,8 @@ def test_the_training_has_its_own_file_beside_the_report(tmp_path, monkeypatch, 
         path.write_text(json.dumps({"stages": {"train": {"seconds": seconds}}}))
     (tmp_path / "other-cifar10-20min-2026-01-09.json").write_text("{}")
     assert of("cifar10_20min", result(), **beside(report)) == ("22", "missed by 10.0%")
-    monkeypatch.setattr(sys, "argv", ["gpu_goals", str(report)])
-    gpu_goals.main()
+    monkeypatch.setattr(sys, "argv", ["goals", str(report)])
+    goals.main()
     line = next(line for line in capsys.readouterr().out.splitlines() if "cifar10_20min" in line)
     assert line.split("training")[1].split() == ["at", "most", "20", "22", "missed", "by", "10.0%"]
 
@@ -165,9 +165,9 @@ def test_a_file_that_is_no_report_of_a_gpu_is_a_usage_error(text, reason, tmp_pa
     path = tmp_path / "some.json"
     if text is not None:
         path.write_text(text)
-    monkeypatch.setattr(sys, "argv", ["gpu_goals", str(path)])
+    monkeypatch.setattr(sys, "argv", ["goals", str(path)])
     with pytest.raises(SystemExit) as ended:
-        gpu_goals.main()
+        goals.main()
     assert ended.value.code == 2
     printed = capsys.readouterr()
     assert str(path) in printed.err

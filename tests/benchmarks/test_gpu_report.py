@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contestants, gpu_parts, gpu_report, gpu_steps
-from benchmarks.gpu_parts import PARTS, run_part
-from benchmarks.gpu_size import FULL, GPU_TESTS, SMOKE
-from benchmarks.gpu_table import markdown
+from benchmarks import gpu_report
+from benchmarks.baselines import contestants
+from benchmarks.gpu import parts, steps
+from benchmarks.gpu.parts import PARTS, run_part
+from benchmarks.gpu.size import FULL, GPU_TESTS, SMOKE
+from benchmarks.gpu.table import markdown
 from fastcm.bench.report import as_json
 from fastcm.config import load_config
 from fastcm.errors import ConfigError
@@ -233,7 +235,7 @@ def test_every_part_runs_at_toy_size(part):
 
 def test_a_sampler_has_the_sum_of_its_kernels_beside_the_time_of_a_call():
     name = "fastcm torch, 1 steps, batch 1"
-    value = items_of("sampler", done=[item for item, _ in gpu_parts.PARTS["sampler"](SMOKE) if item != name])[name]
+    value = items_of("sampler", done=[item for item, _ in parts.PARTS["sampler"](SMOKE) if item != name])[name]
     assert 0 < value["kernel_ms"] < 10 * value["call"]["median_us"] / 1e3
     assert value["images_per_s"] == pytest.approx(1e6 / value["call"]["median_us"])
 
@@ -244,7 +246,7 @@ def test_the_kernel_part_checks_every_op_and_pass():
         {"smoke": True, "parts": {"kernels": {"status": "done", "error": None, "items": items}}}
     )
     rows = [row for item in items.values() for row in item["rows"]]
-    assert {(row["op"], row["pass"]) for row in rows} == {(op, d) for op, ds in gpu_parts.OP_PASSES.items() for d in ds}
+    assert {(row["op"], row["pass"]) for row in rows} == {(op, d) for op, ds in parts.OP_PASSES.items() for d in ds}
     assert {row["status"] for row in rows if row["backend"] == "torch"} == {"ok"}
 
 
@@ -284,9 +286,9 @@ def test_variants_that_the_configuration_does_not_allow_say_why(monkeypatch):
     def refuse(*arguments):
         raise ConfigError("compute.dtype: expected 'float32' or 'bfloat16'")
 
-    monkeypatch.setattr(gpu_steps.Setup, "config", refuse)
+    monkeypatch.setattr(steps.Setup, "config", refuse)
     items = items_of("compile-modes")
-    assert list(items) == [variant(*values) for values in gpu_steps.VARIANTS]
+    assert list(items) == [variant(*values) for values in steps.VARIANTS]
     for name, item in items.items():
         wanted = "a device of type cpu has no CUDA graphs" if "graph on" in name else "compute.dtype: expected"
         assert item["unavailable"].startswith(wanted)
@@ -299,13 +301,13 @@ def test_a_variant_is_built_with_its_options_under_its_mode(monkeypatch):
         seen.append((setup.batch_size, torch._inductor.config.max_autotune, contestant.make()))
         return {}
 
-    monkeypatch.setattr(gpu_steps, "measured_step", measured_step)
+    monkeypatch.setattr(steps, "measured_step", measured_step)
     monkeypatch.setattr(contestants, "ours", lambda setup, dtype, compiled, *options: SimpleNamespace(step=(dtype, *options)))
-    monkeypatch.setattr(gpu_steps.Setup, "config", lambda *arguments: load_config("digits"))
+    monkeypatch.setattr(steps.Setup, "config", lambda *arguments: load_config("digits"))
     assert all("error" not in item for item in items_of("compile-modes").values())
     assert seen == [
         (batch // SMOKE.step_divisor, "max-autotune" in mode, (dtype, f"compute.cuda_graph='{graph}'"))
-        for batch, dtype, mode, graph in gpu_steps.VARIANTS
+        for batch, dtype, mode, graph in steps.VARIANTS
         if graph == "off"
     ]
 
@@ -318,7 +320,7 @@ def test_an_item_that_fails_is_written_with_its_error_and_the_rest_goes_on(monke
     def broken(*arguments, **options):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(gpu_parts, "product_rate", broken)
+    monkeypatch.setattr(parts, "product_rate", broken)
     items = items_of("ceilings")
     assert items["matmul bf16"]["error"] == "RuntimeError: no luck"
     assert "rows" in items["conv digits8"]
@@ -326,14 +328,14 @@ def test_an_item_that_fails_is_written_with_its_error_and_the_rest_goes_on(monke
 
 
 def test_a_loss_that_is_not_finite_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_steps, "_loss", lambda step: float("nan"))
+    monkeypatch.setattr(steps, "_loss", lambda step: float("nan"))
     done = [name for name, _ in PARTS["ect-128"](SMOKE) if name != "eager fp32"]
     assert "the loss after" in items_of("ect-128", done=done)["eager fp32"]["error"]
 
 
 def test_failing_tests_fail_the_part():
     with pytest.raises(RuntimeError, match="pytest ended with"):
-        gpu_parts._pytest(("tests/no_such_file.py",))
+        parts._pytest(("tests/no_such_file.py",))
 
 
 def test_the_full_size_has_everything_the_smoke_size_has():
@@ -367,7 +369,7 @@ def test_markdown_says_what_failed_and_shows_ratios():
 
 
 def test_only_a_gpu_has_launches():
-    from benchmarks.step_time import count_kernels
+    from benchmarks.measuring.step_time import count_kernels
 
     counts = count_kernels(lambda: torch.ones(3) + 1, torch.device("cpu"))
     assert counts["launches"] == 0

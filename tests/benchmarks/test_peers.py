@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_samplers, peers
-from benchmarks.contestants import Setup
-from benchmarks.gpu_parts import run_part
-from benchmarks.gpu_size import SMOKE
-from benchmarks.gpu_table import markdown
-from benchmarks.peers import NotInstalledError, commit, ect_step, fastgen_step, song_unet, variable
+from benchmarks.baselines import peers
+from benchmarks.baselines.contestants import Setup
+from benchmarks.baselines.peers import NotInstalledError, commit, ect_step, fastgen_step, song_unet, variable
+from benchmarks.gpu import samplers
+from benchmarks.gpu.parts import run_part
+from benchmarks.gpu.size import SMOKE
+from benchmarks.gpu.table import markdown
 from fastcm.bench.report import as_json
 
 SETUP = Setup("digits", "ect", 2, torch.device("cpu"))
@@ -173,5 +174,5 @@ def test_the_step_of_fastgen_runs_with_its_mixed_precision():
 @pytest.mark.skipif(not os.environ.get(variable("diffusers")), reason="no folder of diffusers is named")
 @pytest.mark.filterwarnings("ignore")
 def test_the_pipeline_of_diffusers_draws():
-    images = peers.diffusers_sampler(gpu_samplers._openai_model(SMOKE), 2, torch.float32)()
+    images = peers.diffusers_sampler(samplers._openai_model(SMOKE), 2, torch.float32)()
     assert images.shape == (2, 3, 16, 16)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import digits_demo, readme_tables
+from benchmarks.measuring.result_file import write_result
 from benchmarks.readme_tables import REGION, TABLES, documents, newest_results, rewrite
-from benchmarks.result_file import write_result
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

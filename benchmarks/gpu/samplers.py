@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import Contestant, Setup, backend, our_contestant, ours, tf32
-from benchmarks.gpu_size import Items, Size
-from benchmarks.gpu_steps import measured_step
-from benchmarks.peers import NotInstalledError, commit, diffusers_sampler, ect_step, fastgen_step
-from benchmarks.step_time import count_kernels
+from benchmarks.baselines.contestants import Contestant, Setup, backend, our_contestant, ours, tf32
+from benchmarks.baselines.peers import NotInstalledError, commit, diffusers_sampler, ect_step, fastgen_step
+from benchmarks.gpu.size import Items, Size
+from benchmarks.gpu.steps import measured_step
+from benchmarks.measuring.step_time import count_kernels
 from fastcm.bench.ceilings import cudnn_search
 from fastcm.bench.timing import time_host
 from fastcm.config import load_config

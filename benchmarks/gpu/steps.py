@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch._inductor
 
-from benchmarks.breakdown import break_down
-from benchmarks.contestants import Contestant, Setup, Step, backend, our_contestant, plain_contestants, tf32
-from benchmarks.gpu_size import Items, Size
-from benchmarks.step_time import measure_step
+from benchmarks.baselines.contestants import Contestant, Setup, Step, backend, our_contestant, plain_contestants, tf32
+from benchmarks.gpu.breakdown import break_down
+from benchmarks.gpu.size import Items, Size
+from benchmarks.measuring.step_time import measure_step
 from fastcm.bench.ceilings import cudnn_search
 from fastcm.errors import ConfigError
 from fastcm.train.phase import Phase

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu_goals import HEADER, convolution_floor, goal_lines
+from benchmarks.gpu.goals import HEADER, convolution_floor, goal_lines
 
 COMMAND = "python -m benchmarks.gpu_report"
 MODE_HEADER = ("dtype", "compiled", "CUDA graph")

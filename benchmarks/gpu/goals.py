@@ -1,6 +1,6 @@
 """What is to be reached on a GPU, where each value stands in the result files, and whether it was reached.
 
-    python -m benchmarks.gpu_goals benchmarks/results/<gpu>-<date>.json
+    python -m benchmarks.gpu.goals benchmarks/results/<gpu>-<date>.json
 
 The figures are for an H200; those that are ratios of measurements of one run hold on any GPU.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu_size import GPU_TESTS
+from benchmarks.gpu.size import GPU_TESTS
 from fastcm.bench.cases import cases
 from fastcm.bench.measure import OK
 from fastcm.bench.report import text_table

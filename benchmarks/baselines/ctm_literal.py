@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.plain import PlainBlock, PlainUNet
+from benchmarks.baselines.plain import PlainBlock, PlainUNet
 from fastcm.config import UNetConfig
 from fastcm.data.batch import Batch
 from fastcm.model import Model

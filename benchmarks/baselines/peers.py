@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import NETWORKS, Setup, Step, random_dataset
+from benchmarks.baselines.contestants import NETWORKS, Setup, Step, random_dataset
 from fastcm.config import UNetConfig
 from fastcm.data.loader import to_unit_range
 from fastcm.integrations.diffusers import export_diffusers

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.contestants import Step
+from benchmarks.baselines.contestants import Step
 from fastcm.bench.timing import summarise
 from fastcm.graphs import WARMUP_CALLS
 

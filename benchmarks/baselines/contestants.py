@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.plain import CompiledPlainStep, PlainStep, PlainUNet
+from benchmarks.baselines.plain import CompiledPlainStep, PlainStep, PlainUNet
 from fastcm import ops
 from fastcm.config import ComputeConfig, Config, load_config
 from fastcm.data.dataset import ResidentDataset
@@ -30,6 +30,7 @@ NETWORKS = {
     "smoke_cifar10": ({"edm": "smoke_cifar10", "ect": "smoke_cifar10"}, 32, 3),
     "ddpmpp": ({"edm": "edm_cifar10", "ect": "ect_cifar10"}, 32, 3),
 }
+CPU_NETWORKS = ("digits", "smoke_cifar10")  # small enough to step on a CPU
 
 
 class Setup(NamedTuple):

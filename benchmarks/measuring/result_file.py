@@ -1,5 +1,6 @@
 """What every result file says of itself: the command that repeats it, and where, when and of which commit it was measured."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,14 @@ import torch
 from fastcm.bench.hardware import environment
 from fastcm.bench.report import as_json
 from fastcm.io.atomic import atomic_write
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def gpu_slug() -> str:
+    """The name of the GPU as the names of result files begin."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
 def write_result(

@@ -1,6 +1,6 @@
 """The parts of the GPU report, each a list of items that are measured one after the other in a process of their own.
 
-    python -m benchmarks.gpu_parts PART --lines FILE [--done ITEM]... [--smoke]
+    python -m benchmarks.gpu.parts PART --lines FILE [--done ITEM]... [--smoke]
 
 Every finished item is one JSON line in FILE at once, so a part that is stopped loses only the item it was at.
 """
@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_samplers import peers_part, sampler_part
-from benchmarks.gpu_size import FULL, SMOKE, Items, Size
-from benchmarks.gpu_steps import breakdown_part, compile_modes_part, step_part
+from benchmarks.gpu.samplers import peers_part, sampler_part
+from benchmarks.gpu.size import FULL, SMOKE, Items, Size
+from benchmarks.gpu.steps import breakdown_part, compile_modes_part, step_part
+from benchmarks.measuring.result_file import ROOT
 from fastcm.bench.cases import DTYPES, OP_PASSES, cases
 from fastcm.bench.ceilings import conv_times, copy_bandwidth, product_rate
 from fastcm.bench.hardware import environment
@@ -31,8 +32,6 @@ from fastcm.bench.shapes import conv_calls
 from fastcm.config import load_config
 from fastcm.train.build import open_dataset
 from fastcm.train.phase import Phase
-
-ROOT = Path(__file__).parent.parent
 
 
 def environment_part(size: Size) -> Items:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import Step
-from benchmarks.step_time import Event, profile_step
+from benchmarks.baselines.contestants import Step
+from benchmarks.measuring.step_time import Event, profile_step
 from fastcm.bench.cases import cases
 from fastcm.bench.costs import case_cost
 

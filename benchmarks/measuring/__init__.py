@@ -1,0 +1,1 @@
+"""How a step is measured, and the files that keep the result."""
