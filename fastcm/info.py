@@ -14,7 +14,7 @@ from fastcm.io.bundle import model_from_header, read_header, resolve_bundle
 
 
 def describe_installation() -> dict[str, Any]:
-    """Versions, devices, the backend that runs each kernel and why, shipped configurations."""
+    """Versions, devices, the backend that runs each kernel and why, the one that attention prefers, shipped configurations."""
     return {
         "fastcm": __version__,
         "python": platform.python_version(),
@@ -23,6 +23,7 @@ def describe_installation() -> dict[str, Any]:
         "devices": _devices(),
         "cpu_threads": torch.get_num_threads(),
         "kernels": {op: f"{choice.backend} ({choice.reason})" for op, choice in ops.choices().items()},
+        "attention": ops.attention_table(),
         "configurations": shipped_configs(),
     }
 

@@ -19,11 +19,12 @@ from fastcm.kernels.noise import NoisedInputs
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.kernels.resample import resample as resample_torch
 from fastcm.kernels.runtime.fallback import failures, is_strict
-from fastcm.kernels.runtime.pinned import architecture
+from fastcm.kernels.runtime.pinned import ARCHITECTURES, architecture
 
 __all__ = [
     "add_noise",
     "attention",
+    "attention_table",
     "choices",
     "consistency_loss",
     "group_norm",
@@ -81,6 +82,14 @@ def choices(device: torch.device | str | None = None) -> dict[str, Choice]:
     found = {op: backends.choose(op, row, device, torch.float32) for op, row in TABLE.items()}
     failed = {op: Choice(TORCH, f"the Triton kernel failed to compile: {why}") for op, why in failures().items() if op in found}
     return found | failed
+
+
+def attention_table() -> dict[str, list[str]]:
+    """Which backend attention prefers, by architecture: a line per rule, the first that fits a call counts.
+
+    ``choices`` tells whether the preferred one can run; where it cannot, the next of its row does.
+    """
+    return {arch: attention_kernels.dispatch_rules(arch) for arch in ARCHITECTURES}
 
 
 def group_norm(

@@ -39,6 +39,31 @@ def test_pipe_agrees_with_the_official_one(name, memory_format):
     assert pipe.label_dim == labels.shape[1]
 
 
+CONSTANTS = {name for name in SETTINGS if name.endswith(("_std", "_max"))}
+
+
+@pytest.mark.parametrize("constant", sorted(CONSTANTS))
+def test_a_wrong_constant_is_noticed(constant):
+    """A constant that is 5 % off changes the images of a golden case beyond its tolerance."""
+    strength = constant.rsplit("_", 1)[0]
+    noticed = []
+    for case in map(load_case, CASES):
+        settings = {key: value for key, value in case.config.items() if key in SETTINGS}
+        if settings.get(strength):
+            wrong = AugmentPipe(**settings | {constant: 1.05 * getattr(AugmentPipe(**settings), constant)})
+            images, _ = wrong.apply(golden_images(case), golden_draws(wrong, case))
+            noticed.append(differs(case, images))
+    assert any(noticed)
+
+
+def differs(case, images):
+    try:
+        case.close(images, "out/images")
+    except AssertionError:
+        return True
+    return False
+
+
 def test_every_golden_setting_is_known():
     for name in CASES:
         assert set(load_case(name).config) <= SETTINGS | {"input"}

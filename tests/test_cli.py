@@ -225,6 +225,8 @@ def test_info_describes_the_installation(fastcm_cli):
     assert facts["torch"] == torch.__version__
     assert "digits" in facts["configurations"]
     assert facts["kernels"]["group_norm"].startswith("torch")
+    assert facts["attention"]["sm90"] == ["tokens 0 to 256, head_dim 1 to 256: triton", "else: torch"]
+    assert facts["attention"].keys() == {"sm80", "sm90", "sm100"}
 
 
 def test_evaluate_refuses_a_model_of_other_images(fastcm_cli, tmp_path):

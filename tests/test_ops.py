@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import subprocess
@@ -279,6 +280,44 @@ def test_kernels_asked_for_where_they_cannot_run_fall_back_or_fail():
 
 
 @pytest.mark.usefixtures("doubling_backend")
+def test_without_triton_the_references_run_with_one_warning_and_info_lists_why():
+    """In a process of its own, which must not import Triton at all."""
+    script = """
+import json, logging, sys
+sys.modules["triton"] = None  # as where it is not installed: find_spec and import fail
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else real(name, package)
+import torch
+from fastcm import ops
+from fastcm.info import describe_installation
+from fastcm.kernels.runtime.fallback import KernelUnavailableError, set_strict
+warnings = []
+handler = logging.Handler()
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger("fastcm").addHandler(handler)
+x, one = torch.randn(2, 8, 6, 6), torch.ones(8)
+with ops.use_backend("triton"):
+    first, second = (ops.group_norm(x, 2, one, one, 1e-5) for _ in range(2))
+expected = torch.nn.functional.group_norm(x, 2, one, one, 1e-5)
+set_strict(True)
+try:
+    with ops.use_backend("triton"):
+        ops.group_norm(x, 2, one, one, 1e-5)
+    strict = "no error"
+except KernelUnavailableError as error:
+    strict = str(error)
+set_strict(False)
+close = torch.allclose(first, expected, atol=1e-5) and torch.equal(first, second)
+print(json.dumps([close, warnings, describe_installation()["kernels"]["group_norm"], strict]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    close, warnings, listed, strict = json.loads(done.stdout.splitlines()[-1])
+    assert close
+    assert len(warnings) == 1
+    assert all("Triton is not installed" in text for text in (*warnings, listed, strict))
+
+
 def test_compiled_functions_notice_another_backend():
     qkv = image(1, 6, 2, 2)
     compiled = torch.compile(lambda x: ops.attention(x, 1), backend="eager", fullgraph=True)

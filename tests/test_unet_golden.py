@@ -8,6 +8,7 @@ from golden_cases import case_names, load_case
 from torch import Tensor
 
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
+from fastcm.errors import CheckpointError
 from fastcm.io.edm_layout import from_edm, to_edm
 from fastcm.nn import FAMILIES, UNet
 
@@ -72,6 +73,40 @@ def test_outputs_are_the_official_ones(case):
     D_x, F_x = denoise(case, unet_of(case), case.tensors["in/x"], **conditions(case))
     case.close(F_x, "out/F_x")
     case.close(D_x, "out/D_x")
+
+
+# What is no parameter, and no choice of the golden configuration: each is wrong for every case where it changes anything.
+WRONG = {
+    "eps": lambda family: {"eps": 10 * family.eps},
+    "skip_scale": lambda family: {"skip_scale": 1.001 * family.skip_scale},
+    "groups": lambda family: {"min_group_channels": 2 * family.min_group_channels},
+    "endpoint": lambda family: {"endpoint": not family.endpoint},
+    "sin_first": lambda family: {"sin_first": not family.sin_first},
+    "noise_scale": lambda family: {"noise_scale": 1.001},
+    "heads": lambda family: {"channels_per_head": family.channels_per_head // 2 if family.channels_per_head else 8},
+    "filter": lambda family: {"resample_filter": (1.0, 2.0, 2.0, 1.0)},
+}
+
+
+def matters(name, case):
+    """Fourier features have no end, and a network without attention no heads, one of a single level no filter."""
+    if name == "endpoint":
+        return family_of(case.config).embedding == "positional"
+    part = {"heads": "qkv", "filter": "down"}.get(name, "")
+    return any(part in key for key in case.weights)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [(n, w) for n in CASES for w in WRONG if matters(w, load_case(n))])
+def test_a_wrong_constant_is_noticed(name, wrong, monkeypatch):
+    case = load_case(name)
+    family = replace(family_of(case.config), **WRONG[wrong](family_of(case.config)))
+    monkeypatch.setitem(globals(), "family_of", lambda config: family)
+    try:
+        _, F_x = denoise(case, unet_of(case), case.tensors["in/x"], **conditions(case))
+    except CheckpointError:
+        return  # the weights have other shapes
+    with pytest.raises(AssertionError):
+        case.close(F_x, "out/F_x")
 
 
 def test_noise_embedding_is_the_official_one(case):

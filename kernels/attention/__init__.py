@@ -1,6 +1,6 @@
 """Self-attention over pixels."""
 
-from .dispatch import preferred_backend
+from .dispatch import dispatch_rules, preferred_backend
 from .reference import attention as attention_reference
 from .registration import attention, attention_jvp
 from .xformers import attention as attention_xformers
@@ -11,6 +11,7 @@ __all__ = [
     "attention_jvp",
     "attention_reference",
     "attention_xformers",
+    "dispatch_rules",
     "preferred_backend",
     "xformers_unavailable",
 ]
