@@ -9,8 +9,9 @@ from collections import OrderedDict
 import checkpoint_files as files
 import pytest
 import torch
-from convert_cases import EDM_OPTIONS, SOURCES, edm2_training_state, edm_pickle, official_state, state_dict
+from convert_cases import EDM_OPTIONS, SOURCES, edm2_training_state, edm_pickle, official_state, state_dict, tensors_file
 from golden_cases import load_case
+from integration_cases import header_of, write_bundle
 from safetensors.torch import load_file, save_file
 
 from fastcm.cli import main
@@ -299,3 +300,33 @@ def test_hostile_file_has_no_effect(form, place, fails, tmp_path):
     assert code == 3
     assert "mkdir, which is none of the known classes; nothing was executed" in said
     assert os.listdir(tmp_path) == ["hostile"]
+
+
+@pytest.mark.parametrize("verb", ["info", "sample", "evaluate", "likelihood", "export"])
+@pytest.mark.parametrize("kind", ["hf", "diffusers", "diffusers/unet"])
+def test_folder_of_others_is_refused_with_the_command_that_makes_a_bundle_of_it(kind, verb, run, fails, tmp_path):
+    write_bundle(tmp_path / "bundle", header_of())
+    run("export", tmp_path / "bundle", tmp_path / kind.split("/")[0], "--format", kind.split("/")[0])
+    options = (tmp_path / "out", "--format", "hf") if verb == "export" else ()
+    code, said = fails(verb, tmp_path / kind, *options)
+    assert code == 3
+    assert said.count("\n") == 1
+    folder, command = said.removeprefix("fastcm: error: ").strip().split(": a folder of diffusers or Hugging Face")
+    assert folder == str(tmp_path / kind)
+    arguments = command.partition(" fastcm ")[2].split()
+    assert run(*arguments[:2], tmp_path / arguments[2]).startswith("found: ")
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.pkl", "state.safetensors"])
+def test_checkpoint_in_place_of_a_bundle_is_refused_with_a_word_on_convert(name, fails, tmp_path):
+    write = {"pt": state_dict, "pkl": edm_pickle, "safetensors": tensors_file}[name.partition(".")[2]]
+    code, said = fails("info", write("A_VPPrecond")(tmp_path / name))
+    assert code == 3
+    assert f"{tmp_path / name}: " in said
+    assert "'fastcm convert' makes bundles of other projects'" in said
+
+
+def test_bundle_beside_a_foreign_config_is_loaded(run, tmp_path):
+    write_bundle(tmp_path / "model.safetensors", header_of())
+    (tmp_path / "config.json").write_text("{}")
+    assert json.loads(run("info", tmp_path))["file"] == str(tmp_path / "model.safetensors")
