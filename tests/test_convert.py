@@ -201,6 +201,22 @@ def test_bundle_that_was_not_converted_is_exported_plainly(tmp_path):
     assert all(torch.equal(exported[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("kind", ["iddpm", "edm", "vp"])
+@pytest.mark.parametrize(("layout", "overrides"), [("openai", {"channels_per_head": 16}), ("openai", {}), ("edm", {})])
+def test_network_with_more_output_channels_than_the_image_comes_back_from_its_export(layout, overrides, kind, tmp_path):
+    """The second network is narrower than a head of 64 channels, and so without attention."""
+    family = "openai" if layout == "openai" else "ddpmpp"
+    network = {"family": family, "out_channels": 6, "overrides": overrides, **SMALL}
+    _, raw = write_bundle(tmp_path / "bundle", header_of(network, preconditioner={"kind": kind}))
+    export_official(tmp_path / "bundle", tmp_path / "out", layout, ema="net")
+    convert(tmp_path / "out", tmp_path / "back", Options(preconditioner=kind, **overrides))
+    model = load(tmp_path / "back")
+    assert model.precond == raw.precond
+    assert all(torch.equal(model.net.state_dict()[key], value) for key, value in raw.net.state_dict().items())
+    x_NCHW = torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)
+    assert torch.equal(model(x_NCHW, 1.0), raw(x_NCHW, 1.0))
+
+
 @pytest.mark.parametrize("kind", ["diffusers", "hf"])
 def test_folders_of_diffusers_and_of_the_hub_become_bundles(kind, tmp_path):
     _, raw = write_bundle(tmp_path / "first", header_of())

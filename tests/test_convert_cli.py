@@ -9,8 +9,9 @@ from collections import OrderedDict
 import checkpoint_files as files
 import pytest
 import torch
-from convert_cases import EDM_OPTIONS, SOURCES, edm2_training_state, edm_pickle, official_state, state_dict
+from convert_cases import EDM_OPTIONS, SOURCES, edm2_training_state, edm_pickle, official_state, state_dict, tensors_file
 from golden_cases import load_case
+from integration_cases import header_of, write_bundle
 from safetensors.torch import load_file, save_file
 
 from fastcm.cli import main
@@ -171,11 +172,10 @@ IDDPM = ("--preconditioner", "iddpm")
         ("A_ddpmpp_uncond", damaged(EDM_KEY, math.nan), (), f"{EDM_KEY} has values that are NaN"),
         ("E_unet_uncond", damaged(OPENAI_KEY, math.inf), HEADS, f"{OPENAI_KEY} has values that are infinite"),
         ("A_iDDPMPrecond", damaged("u", 1.0), (), "u is not the table of noise levels of IDDPM"),
-        ("E_unet_uncond", wide, HEADS, "6 output channels for 3 of the image: guided diffusion"),
+        ("E_unet_uncond", wide, HEADS, "do not tell its scalings: give --preconditioner, iddpm where"),
         ("A_iDDPMPrecond", dict, EDM_OPTIONS, "preconditioner was given as edm, but its iDDPMPrecond is iddpm"),
-        ("A_iDDPMPrecond", without("u"), EDM_OPTIONS, "preconditioner was given as edm, but its iDDPMPrecond is iddpm"),
         ("A_VPPrecond", dict, IDDPM, "3 output channels for 3 of the image, but under the preconditioner iddpm"),
-        ("E_unet_uncond", dict, (*HEADS, *IDDPM), "under the preconditioner iddpm it would have 6"),
+        ("E_unet_uncond", dict, (*HEADS, *IDDPM), "iddpm it would have 6; give another --preconditioner"),
         ("G_net_uncond", dict, (*HEADS, *IDDPM), "under the preconditioner iddpm it would have"),
         ("A_ddpmpp_uncond", dict, ("--label-dim", "10"), "label_dim was given as 10, but by its embedding"),
         ("A_ddpmpp_uncond", dict, ("--resolution", "64"), "resolution was given as 64, but by the names"),
@@ -219,6 +219,8 @@ def test_checkpoint_that_does_not_fit_is_an_error_that_names_file_and_key(case, 
         ({"class_name": "FlowPrecond"}, (), "its network is in a FlowPrecond, which is none of EDMPrecond"),
         ({}, ("--preconditioner", "vp"), "preconditioner was given as vp, but its EDMPrecond is edm"),
         ({}, ("--sigma-data", "1"), "sigma_data was given as 1.0, but by its EDMPrecond it is 0.5"),
+        ({}, IDDPM, "preconditioner was given as iddpm, but its EDMPrecond is edm"),
+        ({"class_name": "iDDPMPrecond"}, (), "but under the preconditioner iddpm it would have 6\n"),
         ({}, ("--weights", "net"), "no weights 'net'; choose one with --weights: ema"),
         ({"arguments": {"sigma_data": "half"}}, (), "sigma_data of its EDMPrecond is a str, expected a number"),
         ({"arguments": {"label_dim": 5}}, (), "its EDMPrecond says label_dim 5, but its tensors are of 0"),
@@ -298,3 +300,33 @@ def test_hostile_file_has_no_effect(form, place, fails, tmp_path):
     assert code == 3
     assert "mkdir, which is none of the known classes; nothing was executed" in said
     assert os.listdir(tmp_path) == ["hostile"]
+
+
+@pytest.mark.parametrize("verb", ["info", "sample", "evaluate", "likelihood", "export"])
+@pytest.mark.parametrize("kind", ["hf", "diffusers", "diffusers/unet"])
+def test_folder_of_others_is_refused_with_the_command_that_makes_a_bundle_of_it(kind, verb, run, fails, tmp_path):
+    write_bundle(tmp_path / "bundle", header_of())
+    run("export", tmp_path / "bundle", tmp_path / kind.split("/")[0], "--format", kind.split("/")[0])
+    options = (tmp_path / "out", "--format", "hf") if verb == "export" else ()
+    code, said = fails(verb, tmp_path / kind, *options)
+    assert code == 3
+    assert said.count("\n") == 1
+    folder, command = said.removeprefix("fastcm: error: ").strip().split(": a folder of diffusers or Hugging Face")
+    assert folder == str(tmp_path / kind)
+    arguments = command.partition(" fastcm ")[2].split()
+    assert run(*arguments[:2], tmp_path / arguments[2]).startswith("found: ")
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.pkl", "state.safetensors"])
+def test_checkpoint_in_place_of_a_bundle_is_refused_with_a_word_on_convert(name, fails, tmp_path):
+    write = {"pt": state_dict, "pkl": edm_pickle, "safetensors": tensors_file}[name.partition(".")[2]]
+    code, said = fails("info", write("A_VPPrecond")(tmp_path / name))
+    assert code == 3
+    assert f"{tmp_path / name}: " in said
+    assert "'fastcm convert' makes bundles of other projects'" in said
+
+
+def test_bundle_beside_a_foreign_config_is_loaded(run, tmp_path):
+    write_bundle(tmp_path / "model.safetensors", header_of())
+    (tmp_path / "config.json").write_text("{}")
+    assert json.loads(run("info", tmp_path))["file"] == str(tmp_path / "model.safetensors")

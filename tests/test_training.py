@@ -16,6 +16,7 @@ from PIL import Image
 from fastcm.config import load_config, parse_config
 from fastcm.io.tensors import read_tensors
 from fastcm.train.checkpoint import list_checkpoints, load_newest
+from fastcm.train.run_folder import identity_changes, identity_digest, run_identity
 
 TINY = {
     "data": {"kind": "digits"},
@@ -223,6 +224,83 @@ def test_resume_with_another_identity_is_refused(fastcm_cli, tiny, finished, ove
     failed = fastcm_cli("train", tiny, override, "--out", "run")
     assert failed.returncode == 2
     assert named in failed.stderr
+
+
+def identity_of(**changes):
+    return run_identity(parse_config({**TINY, **changes}, "tiny"), {"fingerprint": "0"})
+
+
+def distilled(**objective):
+    return {"distill": {"objective": objective, "duration_images": 16}}
+
+
+LPIPS, FEATURES = distilled(kind="ict", distance="lpips"), distilled(kind="ict", distance="features")
+GAN = distilled(kind="ctm", distance="l2", gan={})
+
+
+@pytest.mark.parametrize(
+    ("phases", "section"),
+    [
+        (TINY["phases"], {"lpips": "a", "discriminator": {"net": "a"}, "distance": {"net": "a"}, "dtype": "float16"}),
+        (LPIPS, {"discriminator": {"net": "a"}, "distance": {"net": "a"}, "size": 64}),
+        (FEATURES, {"lpips": "a", "lpips_linear": "a", "lpips_resize": 64, "discriminator": {"net": "a"}}),
+        (GAN, {"lpips": "a", "lpips_linear": "a", "distance": {"net": "a"}, "distance_augment": False}),
+    ],
+)
+def test_feature_networks_that_no_phase_uses_are_no_part_of_the_identity(phases, section):
+    assert identity_changes(identity_of(phases=phases), identity_of(phases=phases, features=section)) == []
+
+
+@pytest.mark.parametrize(
+    ("phases", "section"),
+    [
+        (LPIPS, lambda file: {"lpips": file, "lpips_linear": "weights"}),
+        (LPIPS, lambda file: {"lpips": "weights", "lpips_linear": file}),
+        (FEATURES, lambda file: {"distance": {"net": file}}),
+        (GAN, lambda file: {"discriminator": {"net": file}}),
+    ],
+)
+def test_weights_of_feature_networks_may_move_but_not_change(phases, section, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").write_bytes(b"1")
+    (tmp_path / "moved").write_bytes(b"1")
+    (tmp_path / "other").write_bytes(b"2")
+    saved, moved, other = (identity_of(phases=phases, features=section(name)) for name in ("weights", "moved", "other"))
+    assert identity_changes(saved, moved) == []
+    assert identity_digest(saved) == identity_digest(moved)
+    assert [line.startswith("features.") for line in identity_changes(saved, other)] == [True]
+    assert identity_changes(saved, identity_of(phases=phases, features=section("random")))
+
+
+def test_resume_goes_on_where_unused_weights_are_configured(fastcm_cli, tiny, finished):
+    again = fastcm_cli("train", tiny, "features.lpips=vgg16.pth", "--out", "run")
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stderr
+
+
+def test_bundle_that_a_phase_began_from_may_move_or_go_but_not_change(fastcm_cli, tiny, finished, tmp_path):
+    bundles = [tmp_path / f"{name}.safetensors" for name in ("first", "moved", "other")]
+    for bundle, phase in zip(bundles, ("pretrain", "pretrain", "tune"), strict=True):
+        shutil.copy(finished / f"{phase}.safetensors", bundle)
+    single = {"pretrain": {**TINY["phases"]["pretrain"], "ema_snapshot_images": 64}}
+    tiny.write_text(parse_config({**TINY, "phases": single}, "tiny").to_yaml())
+
+    def train(bundle, images):
+        options = [f"phases.pretrain.init={bundle}", f"phases.pretrain.duration_images={images}"]
+        return fastcm_cli("train", tiny, *options, "--out", "second")
+
+    assert train(bundles[0], 64).returncode == 0
+    refused = train(bundles[2], 128)
+    assert refused.returncode == 2
+    assert "phases.pretrain.init was 'sha256 " in refused.stderr
+    moved = train(bundles[1], 128)
+    assert moved.returncode == 0, moved.stderr
+    bundles[1].unlink()
+    gone = train(bundles[1], 192)
+    assert gone.returncode == 0, gone.stderr
+    averaged = fastcm_cli("ema", "second", "--std", "0.12")
+    assert averaged.returncode == 0, averaged.stderr
+    assert "3 of std 0.1, 64 to 192 images" in averaged.stdout
 
 
 def test_identity_is_checked_without_run_json_too(fastcm_cli, tiny, finished):

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcm.convert.check import Checked, check_bundle
 from fastcm.convert.options import Options, find_preset
 from fastcm.convert.recognize import Plan, recognize, with_mid_sigmas
-from fastcm.convert.source import Weights, as_float32, dtypes, read_source, sha256
+from fastcm.convert.source import Weights, as_float32, dtypes, read_source
 from fastcm.convert.told import Told
 from fastcm.errors import CheckpointError, ConfigError, FastcmError
 from fastcm.integrations.diffusers import INDEX, UNET, UNET_CLASS, WEIGHTS, import_diffusers
@@ -22,6 +22,7 @@ from fastcm.integrations.hub_layout import CONFIG_FILE, LIBRARY, ONLY_NET, WEIGH
 from fastcm.integrations.official import SOURCE, layout_record
 from fastcm.io.atomic import atomic_path
 from fastcm.io.bundle import BundleHeader, model_from_header, save_bundle
+from fastcm.io.fingerprint import sha256
 from fastcm.model import Model
 
 

@@ -66,7 +66,7 @@ def recognize(weights: Weights, options: Options, preset: Preset | None = None) 
     if not 1 <= plan.image_shape[0] <= MAX_CHANNELS or plan.image_shape[1] > LARGEST:
         raise CheckpointError(f"its images would be of (C, H, W) = {plan.image_shape}, which cannot be")
     _check_attributes(weights, plan)
-    _check_outputs(plan)
+    _check_outputs(weights, plan)
     told.check("label_dim", plan.label_dim, "its embedding of classes")
     told.check("resolution", plan.image_shape[1], "the names of its levels")
     if plan.sampling.sampler == "trajectory" and not second_time:
@@ -105,9 +105,11 @@ def _edm(weights: Weights, told: Told) -> Plan:
         _refuse(told, name, "EDM's networks have one head, or heads of 64 channels (ADM)")
     facts = describe_edm({name.removeprefix(prefix): value for name, value in state.items()})
     second_time = facts.network.second_time
-    why = "as CTM's are" if second_time else "as most networks under these names are"
-    bare = BareDefaults("edm", 0.003, why)
-    known = weights.class_name or (TABLE_CLASS if table is not None or facts.network.out_channels else "")
+    if facts.network.out_channels:
+        bare = BareDefaults("iddpm", 0.003, "as EDM's networks with more output channels than the image are")
+    else:
+        bare = BareDefaults("edm", 0.003, "as CTM's are" if second_time else "as most networks under these names are")
+    known = weights.class_name or (TABLE_CLASS if table is not None else "")
     attributes = weights.attributes if weights.class_name else {} if table is None else {"M": table.numel() - 1}
     precond = preconditioner_of(told, known, attributes, bare)
     consistency = precond["kind"] == "edm_boundary"
@@ -125,10 +127,11 @@ def _openai(weights: Weights, told: Told) -> Plan:
     smallest = "its lowest level is then 8x8, as in all published networks"
     resolution = told.get("resolution", 8 << (levels - 1), smallest)
     facts = _describe_openai(weights, resolution, given)
-    if facts.network.out_channels:
+    if facts.network.out_channels and not weights.class_name and told.options.preconditioner is None:
         raise CheckpointError(
-            f"its network has {facts.network.out_channels} output channels for {facts.image_shape[0]} of the image: guided "
-            "diffusion with learned variances, which none of fastcm's preconditioners fits"
+            f"its network has {facts.network.out_channels} output channels for {facts.image_shape[0]} of the image, and names "
+            "and shapes do not tell its scalings: give --preconditioner, iddpm where its variances are learned under a cosine "
+            "schedule"
         )
     head_major = _head_major(weights, told, facts)
     second_time = facts.network.second_time
@@ -259,13 +262,19 @@ def _check_attributes(weights: Weights, plan: Plan) -> None:
             raise CheckpointError(f"its {weights.class_name} says {name} {said}, but its tensors are of {value}")
 
 
-def _check_outputs(plan: Plan) -> None:
-    """iDDPM's networks, and no others, give a variance beside the image (arXiv 2102.09672, section 3.1)."""
+def _check_outputs(weights: Weights, plan: Plan) -> None:
+    """iDDPM's networks give a variance beside the image (arXiv 2102.09672, section 3.1), EDM's other classes nothing.
+
+    Networks that are of none of these classes may give more than the image, which is dropped.
+    """
     channels, kind = plan.image_shape[0], plan.preconditioner["kind"]
     found = getattr(plan.network, "out_channels", 0) or channels
     needed = 2 * channels if kind == "iddpm" else channels
-    if found != needed:
+    official = weights.class_name in CLASSES or TABLE in weights.state
+    if found < needed or (found > needed and (official or kind == "iddpm")):
+        # Where the file says its scalings, or gives less than an image, no other scalings fit either.
+        advice = "" if official or found < channels else "; give another --preconditioner"
         raise CheckpointError(
             f"its network has {found} output channels for {channels} of the image, but under the preconditioner {kind} it "
-            f"would have {needed}; give another --preconditioner"
+            f"would have {needed}{advice}"
         )

@@ -104,7 +104,7 @@ def export_official(path: str | Path, file: str | Path, name: Literal["edm", "op
     dtype = getattr(torch, source.get("dtype", "float32")) if source.get("layout", {}).get("name") == name else torch.float32
     write_weights(Path(file), {key: value.to(dtype) for key, value in official.items()})
     constants = ", ".join(f"{key} {value}" for key, value in header.preconditioner.items() if key != "kind")
-    return f"not in a state dict: the preconditioner, {header.preconditioner['kind']} ({constants})"
+    return f"not in a state dict: the preconditioner, {header.preconditioner['kind']}{f' ({constants})' if constants else ''}"
 
 
 def recorded_layout(source: Mapping[str, Any], name: Literal["edm", "openai", "edm2"]) -> Layout:

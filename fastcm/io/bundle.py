@@ -16,12 +16,13 @@ from fastcm.config import NetworkConfig
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
 from fastcm.diffusion.trajectory import Trajectory
 from fastcm.errors import CheckpointError
-from fastcm.io.tensors import copy_into, read_json_header, read_tensors, write_tensors
+from fastcm.io.tensors import HEADER_KEY, copy_into, read_json_header, read_metadata, read_tensors, write_tensors
 from fastcm.model import Model, SamplingDefaults
 from fastcm.nn.build import build_network
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
+FOREIGN = ("model_index.json", "config.json", "unet/config.json")  # what folders of diffusers and Hugging Face have
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,20 @@ def _parse_header(path: Path, header: dict[str, Any]) -> BundleHeader:
 
 
 def resolve_bundle(path: Path) -> Path:
-    """The bundle meant by a path: the file itself, or the ``model.safetensors`` of a run folder."""
-    if path.is_dir() and not (path / MODEL_FILE).is_file():
+    """The bundle meant by a path: the file itself, or the ``model.safetensors`` of a run folder.
+
+    Raises CheckpointError for a folder that has none, or is one of diffusers or Hugging Face.
+    """
+    if not path.is_dir():
+        return path
+    file = path / MODEL_FILE
+    foreign = next((name for name in FOREIGN if (path / name).is_file()), "")
+    if foreign and not (file.is_file() and HEADER_KEY in read_metadata(file)):
+        what = f"a folder of diffusers or Hugging Face (it has {foreign}), not one of fastcm"
+        raise CheckpointError(f"{path}: {what}; make a bundle of it: fastcm convert {path} {path.resolve().name}.safetensors")
+    if not file.is_file():
         raise CheckpointError(f"{path}: no {MODEL_FILE} in this folder; has the run reached its first snapshot?")
-    return path / MODEL_FILE if path.is_dir() else path
+    return file
 
 
 def load(path: str | Path, *, ema: str = "", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:

@@ -103,7 +103,9 @@ def describe_openai(
     overrides = merged_overrides(
         "openai", {"adaptive_scale": adaptive, "resample_layers": "conv" if plain else "block"}, given or FamilyOverrides()
     )
-    _check_heads(overrides, {width for width, attention in zip(widths, attends, strict=True) if attention} | {widths[-1]})
+    middle = "middle_block.1.qkv.weight" in state  # a network that is narrower than one head has no attention there
+    places = zip([*widths, widths[-1]], [*attends, middle], strict=True)
+    _check_heads(overrides, {width for width, attention in places if attention})
     out_channels, img_channels = shape_of(state, "out.2.weight")[0], shape_of(state, "input_blocks.0.0.weight", ndim=2)[1]
     network = UNetConfig(
         family="openai",

@@ -46,7 +46,8 @@ def read_json_header(path: Path) -> dict[str, Any]:
     try:
         return json.loads(read_metadata(path)[HEADER_KEY])
     except (KeyError, json.JSONDecodeError):
-        raise CheckpointError(f"{path}: a safetensors file, but not one that fastcm wrote (no '{HEADER_KEY}' header)") from None
+        found = f"a safetensors file, but not one that fastcm wrote (no '{HEADER_KEY}' header)"
+        raise CheckpointError(f"{path}: {found}; 'fastcm convert' makes bundles of other projects' files") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -69,7 +70,14 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or cut short, or not a safetensors file: {error}") from None
+        hint = "; 'fastcm convert' makes bundles of other projects' pickles" if _is_pickle(path) else ""
+        raise CheckpointError(f"{path}: damaged or cut short, or not a safetensors file: {error}{hint}") from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle does, or as the archives of pickles that torch saves."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@
 written under a temporary name and renamed last; the oldest are deleted only after the new one is in place.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fastcm.errors import CheckpointError
 from fastcm.io.atomic import sync
+from fastcm.io.fingerprint import sha256
 from fastcm.io.tensors import read_tensors, write_tensors
 
 log = logging.getLogger("fastcm")
@@ -88,18 +88,13 @@ def verify_checkpoint(path: Path) -> None:
         found = file.stat().st_size if file.is_file() else None
         if found != num_bytes:
             raise CheckpointError(f"{file}: {'missing' if found is None else f'{found} bytes'}, expected {num_bytes} bytes")
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             raise CheckpointError(f"{file}: content does not match its SHA-256")
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in folder.glob("*.safetensors")}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in folder.glob("*.safetensors")}
     manifest = folder / MANIFEST_FILE
     manifest.write_text(json.dumps({"format": 1, "files": files}, indent=1))
     sync(manifest)
     sync(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 import fastcm
-from fastcm.config import Config
+from fastcm.config import Config, PhaseConfig
 from fastcm.errors import CheckpointError
 from fastcm.io.atomic import TEMPORARY, atomic_write
+from fastcm.io.feature_files import DOWNLOAD, RANDOM
+from fastcm.io.fingerprint import GONE, fingerprint
 from fastcm.io.run_files import RunFiles
 
 
@@ -85,25 +87,49 @@ class RunFolder(RunFiles):
 
 
 def run_identity(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a run that may not change on resume: seed, dtype, network, data, and what each phase learns from what."""
-    fixed = {"objective", "init", "teacher", "batch_size", "microbatch_size", "dropout", "dropout_max_resolution"}
-    fixed |= {"augment", "emas"}
-    optimizer = {"kind", "betas", "eps"}
-    phases = {
-        name: {
-            **phase.model_dump(mode="json", include=fixed),
-            "optimizer": phase.optimizer.model_dump(mode="json", include=optimizer),
-        }
-        for name, phase in config.phases.items()
-    }
+    """The parts of a run that may not change on resume: seed, dtype, network, data, and what each phase learns from what.
+
+    Images and files of weights count by their content, not by their place; feature networks where a phase uses them.
+    """
     return {
         "seed": config.seed,
         "compute": {"dtype": config.compute.dtype},
         "data": {**config.data.model_dump(mode="json", exclude={"path", "download"}), "fingerprint": data["fingerprint"]},
         "network": config.network.model_dump(mode="json"),
-        "features": config.features.model_dump(mode="json"),
-        "phases": phases,
+        "features": _features_identity(config),
+        "phases": {name: _phase_identity(phase) for name, phase in config.phases.items()},
     }
+
+
+def _phase_identity(phase: PhaseConfig) -> dict[str, Any]:
+    fixed = {"objective", "batch_size", "microbatch_size", "dropout", "dropout_max_resolution", "augment", "emas"}
+    words = ("", "previous", "fresh")
+    return {
+        **phase.model_dump(mode="json", include=fixed),
+        "init": fingerprint(phase.init, words),
+        "teacher": fingerprint(phase.teacher, words),
+        "optimizer": phase.optimizer.model_dump(mode="json", include={"kind", "betas", "eps"}),
+    }
+
+
+def _features_identity(config: Config) -> dict[str, Any]:
+    """The settings of those feature networks that a phase uses."""
+    objectives = [phase.objective for phase in config.phases.values()]
+    distances = {getattr(objective, "distance", "") for objective in objectives}
+    used: set[str] = set()
+    if "lpips" in distances:
+        used |= {"lpips", "lpips_linear", "lpips_resize", "lpips_replace_pooling", "dtype"}
+    if "features" in distances:
+        used |= {"distance", "distance_augment", "size", "dtype"}
+    if any(getattr(objective, "gan", None) for objective in objectives):
+        used |= {"discriminator", "size", "dtype"}
+    found = config.features.model_dump(mode="json", include=used)
+    words = ("", DOWNLOAD, RANDOM)
+    for key in used & {"lpips", "lpips_linear"}:
+        found[key] = fingerprint(found[key], words)
+    for key in used & {"distance", "discriminator"}:
+        found[key] = {name: fingerprint(source, words) for name, source in found[key].items()}
+    return found
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
@@ -112,11 +138,14 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def identity_changes(saved: Any, now: Any, path: str = "") -> list[str]:
-    """One line for each value that differs between two nested dictionaries: "key.path was X, is Y"."""
+    """One line for each value that differs between two nested dictionaries: "key.path was X, is Y".
+
+    A file that is gone differs from nothing: where it is still needed, that is another error.
+    """
     if isinstance(saved, dict) and isinstance(now, dict):
         keys = sorted(saved.keys() | now.keys())
         return [line for key in keys for line in identity_changes(saved.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if saved == now else [f"{path} was {saved!r}, is {now!r}"]
+    return [] if now in (saved, GONE) else [f"{path} was {saved!r}, is {now!r}"]
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ class Saved:
     phase: str
     images: int
     first_image: int
+    identity: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
 
@@ -52,6 +53,7 @@ def train(config: Config, out: Path) -> RunFolder:
         facts = {"kind": config.data.kind, "num_images": len(data), "fingerprint": data.fingerprint}
         identity = run_identity(config, facts)
         saved = load_saved(run, identity)
+        identity = saved.identity if saved else identity  # files that were needed at the beginning may be gone
         check_phases(config, data, saved.phase if saved else next(iter(config.phases)), resumed=saved is not None)
         run.claim(config, identity, facts)
         Trainer(config, run, data, device, stop, identity).run(saved)
@@ -73,7 +75,7 @@ def load_saved(run: RunFolder, identity: Mapping[str, Any]) -> Saved | None:
         advice = "train into another folder, or undo the change"
         raise ConfigError(f"{run.path} holds a run with another identity: {'; '.join(changes)}; {advice}")
     log.info("resuming %s at %d images", state["phase"], state["images"])
-    return Saved(state["phase"], state["images"], state["first_image"], tensors)
+    return Saved(state["phase"], state["images"], state["first_image"], state["identity"], tensors)
 
 
 class Trainer:
