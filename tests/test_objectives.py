@@ -163,19 +163,24 @@ def test_loss_never_waits_for_the_device(objective):
     assert terms.loss_N.is_meta
 
 
+@pytest.mark.parametrize(
+    ("device", "compiler"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("name", ["edm", "ect", "cd", "ct", "ict", "pd"])
-def test_loss_and_gradient_compile_to_one_graph_that_serves_every_stage(name):
-    objective, model, batch = ALL[name], tiny_model(), tiny_batch(3)
+def test_loss_and_gradient_compile_to_one_graph_that_serves_every_stage(name, device, compiler):
+    objective, model, batch = ALL[name], tiny_model().to(device), tiny_batch(3)
     networks = networks_for(objective, model)
+    batch = replace(batch, **{column: getattr(batch, column).to(device) for column in ("images", "labels", "index")})
 
     def loss(schedule):
         return objective.loss(networks, batch, 3, schedule).loss_N
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     for i, images in enumerate((0, 4_000_000, 7_000_000)):
+        schedule = {key: value.to(device) for key, value in scheduled(objective, images).items()}
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-            actual = compiled(scheduled(objective, images))
-        expected = loss(scheduled(objective, images))
+            actual = compiled(schedule)
+        expected = loss(schedule)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     gradients = zip(*(torch.autograd.grad(each.mean(), list(model.parameters())) for each in (actual, expected)), strict=True)
     for one, other in gradients:

@@ -81,6 +81,7 @@ VARIANTS = (
     (128, "bfloat16", "default", "on"),
     (128, "bfloat16", "max-autotune-no-cudagraphs", "off"),
     (128, "float16", "default", "off"),
+    (128, "float16", "default", "on"),
     (512, "bfloat16", "default", "off"),
     (512, "bfloat16", "default", "on"),
     (1024, "bfloat16", "default", "off"),
