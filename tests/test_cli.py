@@ -11,6 +11,7 @@ import fastcm
 from fastcm.cli import cli, main
 from fastcm.io.bundle import BundleHeader, save_bundle
 from fastcm.io.images import to_uint8
+from fastcm.io.tensors import read_tensors, write_tensors
 from fastcm.model import SamplingDefaults
 from fastcm.nn.unet import UNet
 from fastcm.sampling.generate import SAMPLERS, SamplerOptions
@@ -192,6 +193,44 @@ def test_bundle_that_is_damaged_is_exit_3_naming_the_file(fastcm_cli, bundle, da
     assert failed.returncode == 3
     assert failed.stderr.startswith("fastcm: error: model.safetensors: damaged or cut short")
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"emas": []}, "emas"),
+        ({"image_shape": [1, 0, 0]}, "image_shape.1"),
+        ({"label_dim": -1}, "label_dim"),
+        ({"network": {"family": "bundle"}}, "network.family is 'bundle'"),
+        ({"preconditioner": {"kind": "edm", "sigma_data": "half"}}, "sigma_data"),
+        ({"trajectory": {"outer": "none"}}, "outer: Input should be 'euler'"),
+    ],
+)
+def test_header_that_cannot_be_is_exit_3_naming_file_and_key(capsys, bundle, change, key):
+    tensors, header = read_tensors(bundle)
+    write_tensors(bundle, tensors, {**header, **change})
+    for arguments in (["info", str(bundle)], ["export", str(bundle), "out", "--format", "hf"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 3
+        assert f"{bundle}: damaged header: {key}" in capsys.readouterr().err
+
+
+def test_header_that_is_no_object_is_exit_3(capsys, bundle):
+    write_tensors(bundle, read_tensors(bundle)[0], [1])
+    with pytest.raises(SystemExit) as ended:
+        main(["info", str(bundle)])
+    assert ended.value.code == 3
+    assert f"{bundle}: a safetensors file, but not one that fastcm wrote" in capsys.readouterr().err
+
+
+def test_model_of_images_that_are_not_square_is_a_clear_error(capsys, bundle):
+    tensors, header = read_tensors(bundle)
+    write_tensors(bundle, tensors, {**header, "image_shape": [1, 8, 4]})
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", str(bundle), "--device", "cpu"])
+    assert ended.value.code == 2
+    assert "images of 8x4 pixels: all networks take square ones" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(fastcm_cli, bundle):

@@ -201,6 +201,13 @@ def test_bundle_that_was_not_converted_is_exported_plainly(tmp_path):
     assert all(torch.equal(exported[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("source", ["a", {"layout": "openai"}, {"layout": {"name": "openai", "a": 1}}])
+def test_damaged_record_of_the_source_is_named_by_the_export(source, tmp_path):
+    write_bundle(tmp_path / "bundle", header_of(trained={"phase": "imported", "source": source}))
+    with pytest.raises(CheckpointError, match=r"bundle: damaged header: trained\.source"):
+        export_official(tmp_path / "bundle", tmp_path / "out", "openai")
+
+
 @pytest.mark.parametrize("kind", ["iddpm", "edm", "vp"])
 @pytest.mark.parametrize(("layout", "overrides"), [("openai", {"channels_per_head": 16}), ("openai", {}), ("edm", {})])
 def test_network_with_more_output_channels_than_the_image_comes_back_from_its_export(layout, overrides, kind, tmp_path):

@@ -98,10 +98,13 @@ def export_official(path: str | Path, file: str | Path, name: Literal["edm", "op
     if family not in FAMILIES[name]:
         known = ", ".join(FAMILIES[name])
         raise ConfigError(f"a network of the family {family} has no names in the layout '{name}'; it takes {known}")
-    source = header.trained.get(SOURCE, {})
-    layout = recorded_layout(source, name)
+    try:
+        source = header.trained.get(SOURCE, {})
+        layout = recorded_layout(source, name)
+        dtype = getattr(torch, source.get("dtype", "float32") if source.get("layout", {}).get("name") == name else "float32")
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged header: trained.{SOURCE}: {error}") from None
     official = layout.official(model.net.state_dict(), model.net, model.precond)
-    dtype = getattr(torch, source.get("dtype", "float32")) if source.get("layout", {}).get("name") == name else torch.float32
     write_weights(Path(file), {key: value.to(dtype) for key, value in official.items()})
     constants = ", ".join(f"{key} {value}" for key, value in header.preconditioner.items() if key != "kind")
     return f"not in a state dict: the preconditioner, {header.preconditioner['kind']}{f' ({constants})' if constants else ''}"

@@ -6,13 +6,14 @@ Tensors are ``net/<parameter>`` and ``ema/<average>/<parameter>``; the header is
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fastcm.config import NetworkConfig
+from fastcm.config import BundleNetworkConfig, NetworkConfig
+from fastcm.config.section import Positive
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
 from fastcm.diffusion.trajectory import Trajectory
 from fastcm.errors import CheckpointError
@@ -30,12 +31,12 @@ class BundleHeader:
     """What a bundle says of itself."""
 
     network: dict[str, Any]  # a NetworkConfig
-    image_shape: tuple[int, int, int]  # (C, H, W)
-    label_dim: int
-    augment_dim: int
+    image_shape: tuple[Positive, Positive, Positive]  # (C, H, W)
+    label_dim: Annotated[int, Field(ge=0)]
+    augment_dim: Annotated[int, Field(ge=0)]
     preconditioner: dict[str, Any]  # {"kind": a name in PRECONDITIONERS, and its arguments}
     sampling: SamplingDefaults
-    emas: tuple[str, ...]  # the first one is the default
+    emas: Annotated[tuple[str, ...], Field(min_length=1)]  # the first one is the default
     trained: dict[str, Any]  # phase, images, configuration hash, data fingerprint
     format: int = FORMAT
     trajectory: dict[str, Any] | None = None  # a ``Trajectory``, of networks with a second time
@@ -71,7 +72,13 @@ def _parse_header(path: Path, header: dict[str, Any]) -> BundleHeader:
     try:
         return TypeAdapter(BundleHeader).validate_python(header)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: damaged header: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+        raise CheckpointError(f"{path}: damaged header: {_first(error)}") from None
+
+
+def _first(invalid: ValidationError) -> str:
+    """The first thing that is wrong."""
+    error = invalid.errors()[0]
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
 
 
 def resolve_bundle(path: Path) -> Path:
@@ -113,11 +120,16 @@ def model_from_header(header: BundleHeader, *, dtype: torch.dtype = torch.float3
     """A model of the architecture that a header describes, weights not filled in yet."""
     try:
         network = TypeAdapter(NetworkConfig).validate_python(header.network)
+        if isinstance(network, BundleNetworkConfig):
+            raise TypeError("network.family is 'bundle', which is for configurations")
         arguments = dict(header.preconditioner)
-        precond = PRECONDITIONERS[arguments.pop("kind")](**arguments)
+        kind = arguments.pop("kind")
+        precond = PRECONDITIONERS[kind](**TypeAdapter(dict[str, int | float]).validate_python(arguments))
         trajectory = TypeAdapter(Trajectory).validate_python(header.trajectory or {})
-    except (ValidationError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{origin}: damaged header: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{origin}: damaged header: {_first(error)}") from None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{origin}: damaged header: {error}") from None
     net = build_network(network, header.image_shape, header.label_dim, header.augment_dim)
     shape, label_dim, sampling = header.image_shape, header.label_dim, header.sampling
     return Model(net, precond, shape, label_dim=label_dim, dtype=dtype, sampling=sampling, trajectory=trajectory)

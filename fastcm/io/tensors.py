@@ -44,8 +44,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_json_header(path: Path) -> dict[str, Any]:
     """The header alone; raises CheckpointError as ``read_tensors`` does."""
     try:
-        return json.loads(read_metadata(path)[HEADER_KEY])
-    except (KeyError, json.JSONDecodeError):
+        return dict(json.loads(read_metadata(path)[HEADER_KEY]))
+    except (KeyError, ValueError, TypeError):
         found = f"a safetensors file, but not one that fastcm wrote (no '{HEADER_KEY}' header)"
         raise CheckpointError(f"{path}: {found}; 'fastcm convert' makes bundles of other projects' files") from None
 

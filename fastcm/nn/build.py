@@ -23,9 +23,11 @@ def build_network(
     dropout: probability at the one site of each block whose resolution is at most dropout_max_resolution (0: of all).
     Raises ConfigError for a network that these images cannot pass through.
     """
-    channels, height, _ = image_shape
+    channels, height, width = image_shape
     dropouts = {"dropout": dropout, "dropout_max_resolution": dropout_max_resolution}
     try:
+        if height != width:
+            raise ValueError(f"images of {height}x{width} pixels: all networks take square ones")
         if isinstance(config, EDM2Config):
             return _edm2(config, height, channels, label_dim, augment_dim, **dropouts)
         return _unet(config, height, channels, label_dim=label_dim, augment_dim=augment_dim, **dropouts)
