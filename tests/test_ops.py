@@ -279,7 +279,6 @@ def test_kernels_asked_for_where_they_cannot_run_fall_back_or_fail():
         ops.add_noise(x, key, level, level)
 
 
-@pytest.mark.usefixtures("doubling_backend")
 def test_without_triton_the_references_run_with_one_warning_and_info_lists_why():
     """In a process of its own, which must not import Triton at all."""
     script = """
@@ -318,6 +317,7 @@ print(json.dumps([close, warnings, describe_installation()["kernels"]["group_nor
     assert all("Triton is not installed" in text for text in (*warnings, listed, strict))
 
 
+@pytest.mark.usefixtures("doubling_backend")
 def test_compiled_functions_notice_another_backend():
     qkv = image(1, 6, 2, 2)
     compiled = torch.compile(lambda x: ops.attention(x, 1), backend="eager", fullgraph=True)
