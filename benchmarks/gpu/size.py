@@ -23,6 +23,7 @@ GPU_TESTS = (
     "tests/test_edm2.py",
     "tests/test_edm2_training.py",
     "tests/test_likelihood.py",
+    "tests/test_objectives.py",
 )
 
 
