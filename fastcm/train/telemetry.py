@@ -27,18 +27,18 @@ class LossMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.edges = torch.tensor(SIGMA_EDGES, device=device)
+        self.buckets_B1 = torch.arange(len(BUCKETS), device=device)[:, None]
         self.totals = torch.zeros(2 * len(BUCKETS) + 3, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, loss_N: Tensor, sigma_N: Tensor, grad_norm: Tensor, finite: Tensor) -> None:
         """Add one step; the sums of a non-finite step are left out, the step is counted."""
-        bucket_N = torch.bucketize(sigma_N, self.edges)
-        member_BN = (bucket_N == torch.arange(len(BUCKETS), device=bucket_N.device)[:, None]).double()
-        keep = (finite > 0) & loss_N.isfinite().all()
-        sums_B = member_BN @ torch.where(keep, loss_N.double(), 0.0)
-        counts_B = member_BN.sum(1) * keep
-        norm = torch.where(keep, grad_norm.double(), 0.0)
-        self.totals += torch.cat((sums_B, counts_B, torch.stack((norm, keep.double(), torch.ones_like(norm)))))
+        member_BN = (torch.bucketize(sigma_N, self.edges) == self.buckets_B1).double()
+        norm_and_step = torch.stack((grad_norm, finite)).double()
+        sums = torch.cat((member_BN @ loss_N.double(), member_BN.sum(1), norm_and_step))
+        keep = (finite > 0) & sums.isfinite().all()
+        self.totals[:-1] += torch.where(keep, sums, 0.0)
+        self.totals[-1] += 1
 
     def read(self) -> dict[str, Any]:
         """Means since the last call, then start again; this is the one place that waits for the device."""

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ..philox import random_bits
 from .call import Call, Gradients, Tangents, compute_dtype
-from .two_pass import group_mean, swapped, two_pass_forward
-
-FEW_PIXELS = 64  # up to here PyTorch's NCHW kernel, with the copies that it needs, is quicker than plain passes
+from .two_pass import group_mean, normalised, statistics, swapped
 
 
 def forward(call: Call) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N G"], Float[Tensor, "N G"]]:
@@ -85,20 +83,12 @@ def jvp(call: Call, tangents: Tangents) -> tuple[Float[Tensor, "N C H W"], Float
 def _normalise(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(z as [N, P, C], mean, 1 / standard deviation as [N, G])."""
     dtype, per_group = compute_dtype(call.x_NCHW), call.x_NCHW.shape[1] // call.num_groups
-    a_NC, b_NC = _modulation(call)
     addend_NC = None if call.addend_NC is None else call.addend_NC.to(dtype)
-    if call.num_pixels > FEW_PIXELS or call.x_NCHW.numel() == 0:
-        found = two_pass_forward(swapped(call.x_NCHW.to(dtype)), addend_NC, a_NC, b_NC, call.num_groups, call.eps)
-        mean_NC = found.shift_NC + found.mean_NC
-        z_NPC = found.y_HWNC.permute(2, 0, 1, 3).flatten(1, 2)
-        return z_NPC, mean_NC[:, ::per_group].contiguous(), found.rstd_NC[:, ::per_group].contiguous()
-    x_NCHW = call.x_NCHW.to(dtype) if addend_NC is None else call.x_NCHW.to(dtype) + addend_NC[:, :, None, None]
-    sizes = (*x_NCHW.shape[:2], call.num_pixels, call.num_groups, call.eps)
-    shared = len(a_NC) == len(b_NC) == 1
-    affine = (a_NC[0], b_NC[0]) if shared else (None, None)
-    z_NCHW, mean_NG, rstd_NG = torch.native_group_norm(x_NCHW.contiguous(), *affine, *sizes)
-    z_NPC = _pixels(z_NCHW, dtype)
-    return z_NPC if shared else torch.addcmul(b_NC[:, None], z_NPC, a_NC[:, None]), mean_NG, rstd_NG
+    x_HWNC = swapped(call.x_NCHW.to(dtype))
+    found = statistics(x_HWNC, addend_NC, *_modulation(call), call.num_groups, call.eps)
+    mean_NC = found.centre_NC if addend_NC is None else found.centre_NC + addend_NC
+    z_NPC = normalised(x_HWNC, found).permute(2, 0, 1, 3).flatten(1, 2)
+    return z_NPC, mean_NC[:, ::per_group].contiguous(), found.rstd_NC[:, ::per_group].contiguous()
 
 
 def _modulation(call: Call) -> tuple[Tensor, Tensor]:

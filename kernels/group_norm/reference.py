@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..philox import PhiloxKey, random_dropout
-from ..runtime.layout import channels_last
 from .two_pass import two_pass_norm
 
 
@@ -39,38 +38,27 @@ def group_norm(
     """
     dtype = torch.promote_types(x_NCHW.dtype, torch.float32)
     gain, offset = weight_C.to(dtype), bias_C.to(dtype)  # [C], or [N, C] where samples differ
-    addend_NC, scale_NC, shift_NC = (None if value is None else value.to(dtype) for value in (addend_NC, scale_NC, shift_NC))
     if scale_NC is not None:
-        gain, offset = gain * (1 + scale_NC), offset * (1 + scale_NC)
+        factor_NC = 1 + scale_NC.to(dtype)
+        gain, offset = gain * factor_NC, offset * factor_NC
     if shift_NC is not None:
-        offset = offset + shift_NC
+        offset = offset + shift_NC.to(dtype)
+    if addend_NC is not None:
+        addend_NC = addend_NC.to(dtype)
     format = memory_format(x_NCHW)
-    if _suits_two_pass(x_NCHW, format):
-        y = two_pass_norm(channels_last(x_NCHW)[0].to(dtype), num_groups, gain, offset, eps, addend_NC)
-    else:
-        y = _native_norm(x_NCHW.to(dtype), num_groups, gain, offset, eps, addend_NC)
+    # PyTorch's NCHW kernel for the CPU is better than passes in PyTorch, its channels_last kernel is slow and imprecise.
+    suits_passes = x_NCHW.device.type == "cpu" and format == torch.channels_last
+    norm = two_pass_norm if suits_passes else _native_norm
+    y = norm(x_NCHW.to(dtype), num_groups, gain, offset, eps, addend_NC)
     # PyTorch's kernels return NCHW memory on CUDA up to 2.14 whatever they were given.
     y = y.contiguous(memory_format=format)
-    if silu:
-        y = F.silu(y)
+    y = F.silu(y) if silu else y
     return random_dropout(y, dropout, dropout_key).to(x_NCHW.dtype)
-
-
-def _suits_two_pass(x_NCHW: Tensor, format: torch.memory_format) -> bool:
-    """Whether the plain passes beat PyTorch's kernel: on the CPU, for channels_last images that are not tiny.
-
-    Its channels_last CPU kernel is slow and takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
-    is large. Its NCHW kernel is faster than the passes and as good but for means of hundreds of deviations; the copies
-    that it needs pay for at most 16 pixels.
-    """
-    is_image_of_cpu = x_NCHW.device.type == "cpu" and format == torch.channels_last
-    return is_image_of_cpu and x_NCHW.shape[2] * x_NCHW.shape[3] > 16
 
 
 def _native_norm(x_NCHW: Tensor, num_groups: int, gain: Tensor, offset: Tensor, eps: float, addend_NC: Tensor | None) -> Tensor:
     """PyTorch's own kernel: what torch.compile fuses best on CUDA."""
     x_NCHW = x_NCHW if addend_NC is None else x_NCHW + addend_NC[:, :, None, None]
-    x_NCHW = x_NCHW.contiguous() if x_NCHW.device.type == "cpu" else x_NCHW
     if gain.ndim == offset.ndim == 1:
         return F.group_norm(x_NCHW, num_groups, gain, offset, eps)
     return F.group_norm(x_NCHW, num_groups, eps=eps) * gain[..., None, None] + offset[..., None, None]

@@ -1,8 +1,7 @@
 """Group normalisation of channels_last images in few passes over memory, for the CPU.
 
 PyTorch's channels_last CPU kernel takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean is large,
-and costs three times as much as the passes below. Here the sums are those of x - shift with a shift near the mean, as in
-Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983), "shifted data".
+and costs three times as much as the passes below: one for the mean, one for E[(x - mean)^2], one for the result.
 Shapes: N samples, C channels, H x W pixels. Images are seen as [H, W, N, C], against which [N, C] broadcasts.
 """
 
@@ -14,20 +13,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Normalised(NamedTuple):
-    """The normalised image y, and what its gradient needs.
+NO_REDUCTION = 0  # of losses, in the enumeration of aten
 
-    shifted: x + addend - shift, the same shift for a group; sum: over the pixels of each channel of it; mean: of each group
-    of it; rstd: 1 / standard deviation; slope: rstd times gain. Values of groups are repeated for each of their channels.
+
+class Statistics(NamedTuple):
+    """What the norm of an image, y = slope x + constant, is computed with; values of groups are repeated for their channels.
+
+    sum: of x over the pixels of each channel; centre: the mean of the group without the addend of the channel;
+    rstd: 1 / standard deviation; slope: rstd gain; constant: offset - centre slope.
     """
 
-    y_HWNC: Float[Tensor, "H W N C"]
-    shift_NC: Float[Tensor, "N C"]
-    shifted_HWNC: Float[Tensor, "H W N C"]
     sum_NC: Float[Tensor, "N C"]
-    mean_NC: Float[Tensor, "N C"]
+    centre_NC: Float[Tensor, "N C"]
     rstd_NC: Float[Tensor, "N C"]
     slope_NC: Float[Tensor, "N C"]
+    constant_NC: Float[Tensor, "N C"]
 
 
 def two_pass_norm(
@@ -38,77 +38,75 @@ def two_pass_norm(
     eps: float,
     addend_NC: Float[Tensor, "N C"] | None,
 ) -> Float[Tensor, "N C H W"]:
-    """y = (x + addend - mean) / sqrt(var + eps) * gain + offset; gain and offset are [C], or [N, C] where samples differ."""
+    """y = (x + addend - mean) / sqrt(var + eps) gain + offset; gain and offset are [C], or [N, C] where samples differ."""
     # A compiler differentiates and fuses the plain passes itself.
     if torch.is_grad_enabled() and x_NCHW.requires_grad and not torch.compiler.is_compiling():
         return _TwoPassNorm.apply(x_NCHW, addend_NC, gain, offset, num_groups, eps)
-    return swapped(two_pass_forward(swapped(x_NCHW), addend_NC, gain, offset, num_groups, eps).y_HWNC)
+    x_HWNC = swapped(x_NCHW)
+    return swapped(normalised(x_HWNC, statistics(x_HWNC, addend_NC, gain, offset, num_groups, eps)))
 
 
-def two_pass_forward(
+def statistics(
     x_HWNC: Float[Tensor, "H W N C"],
     addend_NC: Float[Tensor, "N C"] | None,
     gain: Float[Tensor, "... C"],
     offset: Float[Tensor, "... C"],
     num_groups: int,
     eps: float,
-) -> Normalised:
-    """The norm of images that have a pixel.
-
-    The shift is the mean of a group over every eighth row, at least one in fifteen. It is within four standard deviations of
-    the mean over all rows, whatever the image, so the variance is off by a few roundings of 16 times its size at most.
-    """
-    height, width = x_HWNC.shape[:2]
-    rows_NC = x_HWNC[height // 2 % 8 :: 8].mean((0, 1))
+) -> Statistics:
+    """Two passes over images that have a pixel."""
+    num_pixels = x_HWNC.shape[0] * x_HWNC.shape[1]
+    sum_NC = x_HWNC.sum((0, 1))
     if addend_NC is None:
-        shift_NC = subtracted_NC = group_mean(rows_NC, num_groups)
+        centre_NC = group_mean(sum_NC, num_groups, num_pixels)
     else:
-        shift_NC = group_mean(rows_NC + addend_NC, num_groups)
-        subtracted_NC = shift_NC - addend_NC
-    shifted_HWNC = x_HWNC - subtracted_NC
-    sum_NC = shifted_HWNC.sum((0, 1))
-    mean_NC = group_mean(sum_NC, num_groups, height * width)
-    square_NC = group_mean((shifted_HWNC * shifted_HWNC).sum((0, 1)), num_groups, height * width)
-    # Rounding may leave a constant image with a variance below zero.
-    rstd_NC = torch.addcmul(square_NC, mean_NC, mean_NC, value=-1).clamp_(min=0).add_(eps).rsqrt_()
+        centre_NC = group_mean(torch.add(sum_NC, addend_NC, alpha=num_pixels), num_groups, num_pixels) - addend_NC
+    # (x - centre)^2 in one pass; F.mse_loss, which calls this, costs as much again in checks.
+    square_HWNC = torch.ops.aten.mse_loss(x_HWNC, centre_NC.expand_as(x_HWNC), NO_REDUCTION)
+    rstd_NC = group_mean(square_HWNC.sum((0, 1)), num_groups, num_pixels).add_(eps).rsqrt_()
     slope_NC = rstd_NC * gain
-    constant_NC = torch.addcmul(offset, mean_NC, slope_NC, value=-1)
-    y_HWNC = torch.addcmul(constant_NC, shifted_HWNC, slope_NC)
-    return Normalised(y_HWNC, shift_NC, shifted_HWNC, sum_NC, mean_NC, rstd_NC, slope_NC)
+    return Statistics(sum_NC, centre_NC, rstd_NC, slope_NC, torch.addcmul(offset, centre_NC, slope_NC, value=-1))
+
+
+def normalised(x_HWNC: Float[Tensor, "H W N C"], found: Statistics) -> Float[Tensor, "H W N C"]:
+    """The third pass."""
+    return torch.addcmul(found.constant_NC, x_HWNC, found.slope_NC)
 
 
 class _TwoPassNorm(torch.autograd.Function):
     """The gradient in closed form from two sums per (sample, channel): B = sum_p dy, A = sum_p dy xh.
 
     dx = rstd (gain dy - m(gain B) / P - xh m(gain A) / P), m the mean over the channels of a group, P = H W;
-    dgain = A, doffset = B, daddend = sum_p dx. With s the shifted image, of mean e, xh = (s - e) rstd, and
-    dx = slope dy + along s + constant, of which the sum over pixels is known without a pass.
+    dgain = A, doffset = B, daddend = sum_p dx. With xh = (x - centre) rstd that is dx = slope dy + along x + constant,
+    of which the sum over the pixels is known without a pass.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_NCHW: Tensor, addend_NC: Tensor | None, gain: Tensor, offset: Tensor, num_groups: int, eps: float
     ) -> Tensor:
-        found = two_pass_forward(swapped(x_NCHW), addend_NC, gain, offset, num_groups, eps)
-        ctx.save_for_backward(found.shifted_HWNC, found.sum_NC, found.mean_NC, found.rstd_NC, found.slope_NC)
+        x_HWNC = swapped(x_NCHW)
+        found = statistics(x_HWNC, addend_NC, gain, offset, num_groups, eps)
+        ctx.save_for_backward(x_HWNC, *found)
         ctx.num_groups, ctx.has_addend = num_groups, addend_NC is not None
         ctx.gain_shape, ctx.offset_shape = gain.shape, offset.shape
-        return swapped(found.y_HWNC)
+        return swapped(normalised(x_HWNC, found))
 
     @staticmethod
     def backward(ctx: Any, dy_NCHW: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # once_differentiable would let autograd.functional.jvp have zeros instead of this message.
             raise RuntimeError("group norm on the CPU has no second derivative; for a JVP use forward mode, under no_grad")
-        shifted_HWNC, sum_NC, mean_NC, rstd_NC, slope_NC = ctx.saved_tensors
-        dy_HWNC, num_pixels = swapped(dy_NCHW), dy_NCHW.shape[2] * dy_NCHW.shape[3]
+        x_HWNC, *found = ctx.saved_tensors
+        found, dy_HWNC = Statistics(*found), swapped(dy_NCHW)
+        num_pixels, centre_NC = dy_NCHW.shape[2] * dy_NCHW.shape[3], found.centre_NC
         B_NC = dy_HWNC.sum((0, 1))
-        A_NC = torch.addcmul((dy_HWNC * shifted_HWNC).sum((0, 1)), mean_NC, B_NC, value=-1).mul_(rstd_NC)
-        direct_NC = slope_NC * B_NC  # sum_p of slope dy
-        along_NC = group_mean(slope_NC * A_NC, ctx.num_groups, -num_pixels).mul_(rstd_NC)
-        constant_NC = group_mean(direct_NC, ctx.num_groups, -num_pixels).addcmul_(mean_NC, along_NC, value=-1)
-        dx_HWNC = torch.addcmul(constant_NC, shifted_HWNC, along_NC).addcmul_(dy_HWNC, slope_NC)
-        daddend_NC = direct_NC.addcmul_(along_NC, sum_NC).add_(constant_NC * num_pixels) if ctx.has_addend else None
+        A_NC = torch.addcmul((dy_HWNC * x_HWNC).sum((0, 1)), centre_NC, B_NC, value=-1).mul_(found.rstd_NC)
+        direct_NC = found.slope_NC * B_NC  # sum_p of slope dy
+        along_NC = group_mean(found.slope_NC * A_NC, ctx.num_groups, -num_pixels).mul_(found.rstd_NC)
+        constant_NC = group_mean(direct_NC, ctx.num_groups, -num_pixels).addcmul_(centre_NC, along_NC, value=-1)
+        dx_HWNC = torch.addcmul(constant_NC, x_HWNC, along_NC).addcmul_(dy_HWNC, found.slope_NC)
+        daddend_NC = direct_NC.addcmul_(along_NC, found.sum_NC).add_(constant_NC, alpha=num_pixels) if ctx.has_addend else None
         dgain, doffset = A_NC.sum_to_size(ctx.gain_shape), B_NC.sum_to_size(ctx.offset_shape)
         return swapped(dx_HWNC), daddend_NC, dgain, doffset, None, None
 

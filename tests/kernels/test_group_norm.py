@@ -16,7 +16,7 @@ from fastcm.random import Stream
 
 EPS = 1e-3
 NAMES = ("x", "weight", "bias", "addend", "scale", "shift")
-SIZES = [(3, 2), (9, 8)]  # below and above the number of pixels where the plain implementation changes its way
+SIZES = [(3, 2), (9, 8)]
 
 # PyTorch's own forward-mode rules are loaded with a call that it has deprecated.
 forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit")
