@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 NO_REDUCTION = 0  # of losses, in the enumeration of aten
 
 
