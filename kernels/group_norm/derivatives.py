@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..philox import random_bits
 from .call import Call, Gradients, Tangents, compute_dtype
-from .two_pass import group_mean, normalised, statistics, swapped
+from .two_pass import group_mean, swapped, two_pass_forward
 
 
 def forward(call: Call) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N G"], Float[Tensor, "N G"]]:
@@ -84,11 +84,9 @@ def _normalise(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(z as [N, P, C], mean, 1 / standard deviation as [N, G])."""
     dtype, per_group = compute_dtype(call.x_NCHW), call.x_NCHW.shape[1] // call.num_groups
     addend_NC = None if call.addend_NC is None else call.addend_NC.to(dtype)
-    x_HWNC = swapped(call.x_NCHW.to(dtype))
-    found = statistics(x_HWNC, addend_NC, *_modulation(call), call.num_groups, call.eps)
-    mean_NC = found.centre_NC if addend_NC is None else found.centre_NC + addend_NC
-    z_NPC = normalised(x_HWNC, found).permute(2, 0, 1, 3).flatten(1, 2)
-    return z_NPC, mean_NC[:, ::per_group].contiguous(), found.rstd_NC[:, ::per_group].contiguous()
+    found = two_pass_forward(swapped(call.x_NCHW.to(dtype)), addend_NC, *_modulation(call), call.num_groups, call.eps)
+    z_NPC = found.y_HWNC.permute(2, 0, 1, 3).flatten(1, 2)
+    return z_NPC, found.mean_NC[:, ::per_group].contiguous(), found.rstd_NC[:, ::per_group].contiguous()
 
 
 def _modulation(call: Call) -> tuple[Tensor, Tensor]:

@@ -12,21 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-NO_REDUCTION = 0  # of losses, in the enumeration of aten
+class Normalised(NamedTuple):
+    """The normalised image y = centred slope + offset, and what its gradient needs; groups' values repeated for channels.
 
-
-class Statistics(NamedTuple):
-    """What the norm of an image, y = slope x + constant, is computed with; values of groups are repeated for their channels.
-
-    sum: of x over the pixels of each channel; centre: the mean of the group without the addend of the channel;
-    rstd: 1 / standard deviation; slope: rstd gain; constant: offset - centre slope.
+    centred: x + addend - mean of the group; rest: its sum over the pixels of each channel; mean: of x + addend;
+    rstd: 1 / standard deviation; slope: rstd gain.
     """
 
-    sum_NC: Float[Tensor, "N C"]
-    centre_NC: Float[Tensor, "N C"]
+    y_HWNC: Float[Tensor, "H W N C"]
+    centred_HWNC: Float[Tensor, "H W N C"]
+    rest_NC: Float[Tensor, "N C"]
+    mean_NC: Float[Tensor, "N C"]
     rstd_NC: Float[Tensor, "N C"]
     slope_NC: Float[Tensor, "N C"]
-    constant_NC: Float[Tensor, "N C"]
 
 
 def two_pass_norm(
@@ -41,42 +39,39 @@ def two_pass_norm(
     # A compiler differentiates and fuses the plain passes itself.
     if torch.is_grad_enabled() and x_NCHW.requires_grad and not torch.compiler.is_compiling():
         return _TwoPassNorm.apply(x_NCHW, addend_NC, gain, offset, num_groups, eps)
-    x_HWNC = swapped(x_NCHW)
-    return swapped(normalised(x_HWNC, statistics(x_HWNC, addend_NC, gain, offset, num_groups, eps)))
+    return swapped(two_pass_forward(swapped(x_NCHW), addend_NC, gain, offset, num_groups, eps).y_HWNC)
 
 
-def statistics(
+def two_pass_forward(
     x_HWNC: Float[Tensor, "H W N C"],
     addend_NC: Float[Tensor, "N C"] | None,
     gain: Float[Tensor, "... C"],
     offset: Float[Tensor, "... C"],
     num_groups: int,
     eps: float,
-) -> Statistics:
-    """Two passes over images that have a pixel."""
+) -> Normalised:
+    """The norm of images that have a pixel."""
     num_pixels = x_HWNC.shape[0] * x_HWNC.shape[1]
     sum_NC = x_HWNC.sum((0, 1))
     if addend_NC is None:
-        centre_NC = group_mean(sum_NC, num_groups, num_pixels)
+        mean_NC = centre_NC = group_mean(sum_NC, num_groups, num_pixels)
     else:
-        centre_NC = group_mean(torch.add(sum_NC, addend_NC, alpha=num_pixels), num_groups, num_pixels) - addend_NC
-    # (x - centre)^2 in one pass; F.mse_loss, which calls this, costs as much again in checks.
-    square_HWNC = torch.ops.aten.mse_loss(x_HWNC, centre_NC.expand_as(x_HWNC), NO_REDUCTION)
-    rstd_NC = group_mean(square_HWNC.sum((0, 1)), num_groups, num_pixels).add_(eps).rsqrt_()
+        sum_NC = torch.add(sum_NC, addend_NC, alpha=num_pixels)
+        mean_NC = group_mean(sum_NC, num_groups, num_pixels)
+        centre_NC = mean_NC - addend_NC
+    centred_HWNC = x_HWNC - centre_NC
+    square_NC = (centred_HWNC * centred_HWNC).sum((0, 1))
+    rstd_NC = group_mean(square_NC, num_groups, num_pixels).add_(eps).rsqrt_()
     slope_NC = rstd_NC * gain
-    return Statistics(sum_NC, centre_NC, rstd_NC, slope_NC, torch.addcmul(offset, centre_NC, slope_NC, value=-1))
-
-
-def normalised(x_HWNC: Float[Tensor, "H W N C"], found: Statistics) -> Float[Tensor, "H W N C"]:
-    """The third pass."""
-    return torch.addcmul(found.constant_NC, x_HWNC, found.slope_NC)
+    y_HWNC = torch.addcmul(offset, centred_HWNC, slope_NC)
+    return Normalised(y_HWNC, centred_HWNC, sum_NC, mean_NC, rstd_NC, slope_NC)
 
 
 class _TwoPassNorm(torch.autograd.Function):
     """The gradient in closed form from two sums per (sample, channel): B = sum_p dy, A = sum_p dy xh.
 
     dx = rstd (gain dy - m(gain B) / P - xh m(gain A) / P), m the mean over the channels of a group, P = H W;
-    dgain = A, doffset = B, daddend = sum_p dx. With xh = (x - centre) rstd that is dx = slope dy + along x + constant,
+    dgain = A, doffset = B, daddend = sum_p dx. With xh = centred rstd that is dx = slope dy + along centred + constant,
     of which the sum over the pixels is known without a pass.
     """
 
@@ -84,28 +79,29 @@ class _TwoPassNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x_NCHW: Tensor, addend_NC: Tensor | None, gain: Tensor, offset: Tensor, num_groups: int, eps: float
     ) -> Tensor:
-        x_HWNC = swapped(x_NCHW)
-        found = statistics(x_HWNC, addend_NC, gain, offset, num_groups, eps)
-        ctx.save_for_backward(x_HWNC, *found)
+        y_HWNC, *found = two_pass_forward(swapped(x_NCHW), addend_NC, gain, offset, num_groups, eps)
+        ctx.save_for_backward(*found)
         ctx.num_groups, ctx.has_addend = num_groups, addend_NC is not None
         ctx.gain_shape, ctx.offset_shape = gain.shape, offset.shape
-        return swapped(normalised(x_HWNC, found))
+        return swapped(y_HWNC)
 
     @staticmethod
     def backward(ctx: Any, dy_NCHW: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # once_differentiable would let autograd.functional.jvp have zeros instead of this message.
             raise RuntimeError("group norm on the CPU has no second derivative; for a JVP use forward mode, under no_grad")
-        x_HWNC, *found = ctx.saved_tensors
-        found, dy_HWNC = Statistics(*found), swapped(dy_NCHW)
-        num_pixels, centre_NC = dy_NCHW.shape[2] * dy_NCHW.shape[3], found.centre_NC
+        centred_HWNC, sum_NC, mean_NC, rstd_NC, slope_NC = ctx.saved_tensors
+        dy_HWNC, num_pixels = swapped(dy_NCHW), dy_NCHW.shape[2] * dy_NCHW.shape[3]
         B_NC = dy_HWNC.sum((0, 1))
-        A_NC = torch.addcmul((dy_HWNC * x_HWNC).sum((0, 1)), centre_NC, B_NC, value=-1).mul_(found.rstd_NC)
-        direct_NC = found.slope_NC * B_NC  # sum_p of slope dy
-        along_NC = group_mean(found.slope_NC * A_NC, ctx.num_groups, -num_pixels).mul_(found.rstd_NC)
-        constant_NC = group_mean(direct_NC, ctx.num_groups, -num_pixels).addcmul_(centre_NC, along_NC, value=-1)
-        dx_HWNC = torch.addcmul(constant_NC, x_HWNC, along_NC).addcmul_(dy_HWNC, found.slope_NC)
-        daddend_NC = direct_NC.addcmul_(along_NC, found.sum_NC).add_(constant_NC, alpha=num_pixels) if ctx.has_addend else None
+        A_NC = (dy_HWNC * centred_HWNC).sum((0, 1)).mul_(rstd_NC)
+        direct_NC = slope_NC * B_NC  # sum_p of slope dy
+        along_NC = group_mean(slope_NC * A_NC, ctx.num_groups, -num_pixels).mul_(rstd_NC)
+        constant_NC = group_mean(direct_NC, ctx.num_groups, -num_pixels)
+        dx_HWNC = torch.addcmul(constant_NC, centred_HWNC, along_NC).addcmul_(dy_HWNC, slope_NC)
+        daddend_NC = None
+        if ctx.has_addend:
+            rest_NC = torch.sub(sum_NC, mean_NC, alpha=num_pixels)  # sum_p of centred
+            daddend_NC = direct_NC.addcmul_(along_NC, rest_NC).add_(constant_NC, alpha=num_pixels)
         dgain, doffset = A_NC.sum_to_size(ctx.gain_shape), B_NC.sum_to_size(ctx.offset_shape)
         return swapped(dx_HWNC), daddend_NC, dgain, doffset, None, None
 
