@@ -1,6 +1,7 @@
 """The command line: what each verb writes, and how it fails."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -203,7 +204,13 @@ def test_bundle_that_is_damaged_is_exit_3_naming_the_file(fastcm_cli, bundle, da
         ({"label_dim": -1}, "label_dim"),
         ({"network": {"family": "bundle"}}, "network.family is 'bundle'"),
         ({"preconditioner": {"kind": "edm", "sigma_data": "half"}}, "sigma_data"),
+        ({"preconditioner": {"kind": "edm", "sigma_data": 0.0}}, "sigma_data of the preconditioner is 0.0, expected"),
+        ({"preconditioner": {"kind": "edm", "sigma_data": math.nan}}, "sigma_data of the preconditioner is nan, expected"),
+        ({"preconditioner": {"kind": "ve", "sigma_max": math.inf}}, "sigma_max of the preconditioner is inf, expected"),
         ({"trajectory": {"outer": "none"}}, "outer: Input should be 'euler'"),
+        ({"trajectory": {"sigma_data": -0.5}}, "sigma_data: Input should be greater than 0"),
+        ({"sampling": {"sampler": "ddim"}}, "sampling.sampler: Input should be 'heun'"),
+        ({"sampling": {"sampler": "heun", "sigma_max": math.nan}}, "sampling.sigma_max: Input should be a finite number"),
     ],
 )
 def test_header_that_cannot_be_is_exit_3_naming_file_and_key(capsys, bundle, change, key):
@@ -214,6 +221,23 @@ def test_header_that_cannot_be_is_exit_3_naming_file_and_key(capsys, bundle, cha
             main(arguments)
         assert ended.value.code == 3
         assert f"{bundle}: damaged header: {key}" in capsys.readouterr().err
+
+
+def test_weights_that_are_integers_are_exit_3_naming_file_and_key(capsys, bundle):
+    tensors, header = read_tensors(bundle)
+    key = "ema/main/map_layer0.weight"
+    write_tensors(bundle, {**tensors, key: tensors[key].to(torch.int8)}, header)
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", str(bundle), "--device", "cpu"])
+    assert ended.value.code == 3
+    assert f"{bundle}: '{key}' is of int8, this network needs float32" in capsys.readouterr().err
+
+
+def test_a_model_without_averages_says_so(capsys, tmp_path):
+    main(["export", str(write_bundle(tmp_path / "m")), str(tmp_path / "net"), "--format", "safetensors"])
+    with pytest.raises(SystemExit):
+        main(["sample", str(tmp_path / "net"), "--ema", "best"])
+    assert f"{tmp_path / 'net'}: no weight average 'best'; it has net only" in capsys.readouterr().err
 
 
 def test_header_that_is_no_object_is_exit_3(capsys, bundle):
