@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -170,6 +171,7 @@ def test_file_in_the_way_is_a_clear_error(fastcm_cli, tmp_path, bundle):
         (["--num", "1000000000000"], 2, "--num"),
         (["--label", "99999999999999999999999"], 2, "--label"),
         (["--steps", "0"], 2, "steps"),
+        (["--steps", "100000000"], 2, "steps: expected a whole number of at most 100000 and at least 1, got"),
         (["--ema", "nothing"], 3, "no weight average 'nothing'; it has main, other and net"),
         (["--out", "picture.jpg"], 2, "give a .png"),
         (["--num", "0"], 2, "--num"),
@@ -330,6 +332,34 @@ def test_dry_run_prints_the_resolved_configuration_and_touches_nothing(fastcm_cl
     assert "seed: 7" in run.stdout
     assert "configuration hash" in run.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+CHECKED = [
+    ("ect_cifar10", "network.out_channels=2", 2, "out_channels is 2, but the images have 3 channels"),
+    ("ect_cifar10", "data.conditional=true network={family: edm2} phases.tune.augment=0.1", 2, "edm2 takes no augmentation"),
+    ("digits", "network.attn_resolutions=[4] network.channel_mult=[1,1,1,1,1]", 2, "network: "),
+    ("digits", "network={family: bundle}", 2, "network.family is 'bundle', but phases.pretrain.init names no bundle"),
+    ("digits", "phases.tune.init=tests", 3, "no model.safetensors in this folder"),
+    ("cd_cifar10", "features.lpips=nowhere.pth", 3, "features.lpips: there is no file 'nowhere.pth'"),
+    ("cd_imagenet64", "features.lpips=", 2, "the distance lpips needs weights; set features.lpips"),
+    ("edm_imagenet64", "data.path=README.md", 3, "README.md"),
+    ("edm_imagenet64", "data.path=", 2, "data.path is empty"),
+    ("digits", "compute.device=cpu compute.cuda_graph=on", 2, "compute.cuda_graph is 'on', but a CPU has no graphs"),
+]
+
+
+@pytest.mark.parametrize(("config", "overrides", "code", "message"), CHECKED)
+def test_dry_run_refuses_what_training_would_refuse_at_once(capsys, config, overrides, code, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", config, *re.split(r" (?=\w+[.=])", overrides), "--dry-run"])
+    assert ended.value.code == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["edm_imagenet64", "ect_imagenet64", "ctm_cifar10_gan"])
+def test_dry_run_needs_no_images_and_bundles_that_may_come_later(capsys, config):
+    main(["train", config, "compute.cuda_graph=on", "--dry-run"])
+    assert "cuda_graph: 'on'" in capsys.readouterr().out
 
 
 def test_immediate_stop_does_not_claim_to_have_saved(monkeypatch, capsys):
