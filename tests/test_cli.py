@@ -75,8 +75,9 @@ def test_sample_writes_a_folder_and_an_npz_of_the_same_images(fastcm_cli, tmp_pa
 
 def test_seed_names_the_same_images_at_any_batch_size(fastcm_cli, tmp_path, bundle):
     whole = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2")
-    parts = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2", "--batch-size", "3")
-    assert np.abs(whole.astype(int) - parts).max() <= 1
+    for batch_size in ("3", str(2**64)):
+        parts = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2", "--batch-size", batch_size)
+        assert np.abs(whole.astype(int) - parts).max() <= 1
     other = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "6", "--steps", "2")
     assert np.abs(whole.astype(int) - other).max() > 10
 
@@ -344,6 +345,10 @@ CHECKED = [
     ("cd_imagenet64", "features.lpips=", 2, "the distance lpips needs weights; set features.lpips"),
     ("edm_imagenet64", "data.path=README.md", 3, "README.md"),
     ("edm_imagenet64", "data.path=", 2, "data.path is empty"),
+    ("digits", "data.resolution=16", 3, "images are 8x8 grey, expected 16x16"),
+    ("digits", "data.resolution=-1", 2, "data.resolution: Input should be greater than or equal to 0"),
+    ("digits", "network.overrides.resample_filter=[]", 2, "the taps of a filter must not sum to 0"),
+    ("digits", "network.overrides.resample_filter=[1,-1]", 2, "the taps of a filter must not sum to 0"),
     ("digits", "compute.device=cpu compute.cuda_graph=on", 2, "compute.cuda_graph is 'on', but a CPU has no graphs"),
 ]
 

@@ -20,7 +20,7 @@ class DataConfig(Section):
 
     kind: Literal["digits", "cifar10", "edm_zip", "folder", "npz"] = "digits"
     path: str = ""  # archive or folder; empty for digits
-    resolution: int = 0  # expected side in pixels; 0 accepts what the set has
+    resolution: Annotated[int, Field(ge=0)] = 0  # expected side in pixels; 0 accepts what the set has
     conditional: bool = False  # train a class-conditional network on the set's labels
     xflip: bool = False  # mirror each image with probability 1/2
     download: bool = False  # fetch CIFAR-10 into ``path`` if it is not there

@@ -100,8 +100,8 @@ def sample(
     sigmas = _grid(model, sampler, steps, mid_sigmas, form)
     index = _global_indices(num, index_offset, device)
     labels = choose_labels(labels, index, seed, model.label_dim)
-    indices = index.split(batch_size)
-    per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
+    indices = index.split(min(batch_size, num))
+    per_batch = [None] * len(indices) if labels is None else labels.split(min(batch_size, num))
     return torch.cat([_sample(model, run, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
 
 

@@ -21,7 +21,7 @@ from fastcm.train.phase import phase_header
 log = logging.getLogger("fastcm")
 
 CPU = torch.device("cpu")
-KNOWN_IMAGES = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10)}  # (C, H, W), number of classes
+CIFAR10 = (3, 32, 32), 10  # (C, H, W), number of classes
 
 
 def check_config(config: Config) -> None:
@@ -48,8 +48,8 @@ def _comes_later(source: str) -> bool:
 
 def _expected_images(config: Config) -> ResidentDataset | None:
     """A data set without images of the shape that the configured one has; None where that cannot be known yet."""
-    if config.data.kind in KNOWN_IMAGES:
-        (channels, height, width), label_dim = KNOWN_IMAGES[config.data.kind]
+    if config.data.kind == "cifar10":  # as they are wherever they lie, and its archive would have to be read
+        (channels, height, width), label_dim = CIFAR10
     elif config.data.path and not Path(config.data.path).exists():
         return None
     else:
