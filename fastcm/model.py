@@ -1,11 +1,14 @@
 """A network with its preconditioner: the denoiser D(x; sigma) that training, sampling and other projects call."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int64, Shaped
+from pydantic import Field
 from torch import Tensor, nn
 
+from fastcm.config.section import Sigma
 from fastcm.diffusion.preconditioners import Preconditioner, Scalings
 from fastcm.diffusion.trajectory import Trajectory
 from fastcm.kernels.philox import PhiloxKey
@@ -21,14 +24,14 @@ class SamplingDefaults:
     the grid of noise levels (arXiv 2206.00364, Eq. 5).
     """
 
-    sampler: str
-    mid_sigmas: tuple[float, ...] = ()
-    renoise_sigma_min: float = 0.0
-    steps: int = 0
-    gamma: float = 0.0
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    sampler: Literal["heun", "euler", "ancestral", "dpm", "consistency", "trajectory"]
+    mid_sigmas: tuple[Sigma, ...] = ()
+    renoise_sigma_min: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    steps: Annotated[int, Field(ge=0)] = 0
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
+    sigma_min: Sigma = 0.002
+    sigma_max: Sigma = 80.0
+    rho: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.0
 
 
 class Model(nn.Module):

@@ -1,6 +1,8 @@
 """The command line: what each verb writes, and how it fails."""
 
 import json
+import math
+import re
 
 import numpy as np
 import pytest
@@ -73,8 +75,9 @@ def test_sample_writes_a_folder_and_an_npz_of_the_same_images(fastcm_cli, tmp_pa
 
 def test_seed_names_the_same_images_at_any_batch_size(fastcm_cli, tmp_path, bundle):
     whole = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2")
-    parts = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2", "--batch-size", "3")
-    assert np.abs(whole.astype(int) - parts).max() <= 1
+    for batch_size in ("3", str(2**64)):
+        parts = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "5", "--steps", "2", "--batch-size", batch_size)
+        assert np.abs(whole.astype(int) - parts).max() <= 1
     other = sampled(fastcm_cli, tmp_path, "--num", "7", "--seed", "6", "--steps", "2")
     assert np.abs(whole.astype(int) - other).max() > 10
 
@@ -169,6 +172,7 @@ def test_file_in_the_way_is_a_clear_error(fastcm_cli, tmp_path, bundle):
         (["--num", "1000000000000"], 2, "--num"),
         (["--label", "99999999999999999999999"], 2, "--label"),
         (["--steps", "0"], 2, "steps"),
+        (["--steps", "100000000"], 2, "steps: expected a whole number of at most 100000 and at least 1, got"),
         (["--ema", "nothing"], 3, "no weight average 'nothing'; it has main, other and net"),
         (["--out", "picture.jpg"], 2, "give a .png"),
         (["--num", "0"], 2, "--num"),
@@ -203,7 +207,13 @@ def test_bundle_that_is_damaged_is_exit_3_naming_the_file(fastcm_cli, bundle, da
         ({"label_dim": -1}, "label_dim"),
         ({"network": {"family": "bundle"}}, "network.family is 'bundle'"),
         ({"preconditioner": {"kind": "edm", "sigma_data": "half"}}, "sigma_data"),
+        ({"preconditioner": {"kind": "edm", "sigma_data": 0.0}}, "sigma_data of the preconditioner is 0.0, expected"),
+        ({"preconditioner": {"kind": "edm", "sigma_data": math.nan}}, "sigma_data of the preconditioner is nan, expected"),
+        ({"preconditioner": {"kind": "ve", "sigma_max": math.inf}}, "sigma_max of the preconditioner is inf, expected"),
         ({"trajectory": {"outer": "none"}}, "outer: Input should be 'euler'"),
+        ({"trajectory": {"sigma_data": -0.5}}, "sigma_data: Input should be greater than 0"),
+        ({"sampling": {"sampler": "ddim"}}, "sampling.sampler: Input should be 'heun'"),
+        ({"sampling": {"sampler": "heun", "sigma_max": math.nan}}, "sampling.sigma_max: Input should be a finite number"),
     ],
 )
 def test_header_that_cannot_be_is_exit_3_naming_file_and_key(capsys, bundle, change, key):
@@ -214,6 +224,23 @@ def test_header_that_cannot_be_is_exit_3_naming_file_and_key(capsys, bundle, cha
             main(arguments)
         assert ended.value.code == 3
         assert f"{bundle}: damaged header: {key}" in capsys.readouterr().err
+
+
+def test_weights_that_are_integers_are_exit_3_naming_file_and_key(capsys, bundle):
+    tensors, header = read_tensors(bundle)
+    key = "ema/main/map_layer0.weight"
+    write_tensors(bundle, {**tensors, key: tensors[key].to(torch.int8)}, header)
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", str(bundle), "--device", "cpu"])
+    assert ended.value.code == 3
+    assert f"{bundle}: '{key}' is of int8, this network needs float32" in capsys.readouterr().err
+
+
+def test_a_model_without_averages_says_so(capsys, tmp_path):
+    main(["export", str(write_bundle(tmp_path / "m")), str(tmp_path / "net"), "--format", "safetensors"])
+    with pytest.raises(SystemExit):
+        main(["sample", str(tmp_path / "net"), "--ema", "best"])
+    assert f"{tmp_path / 'net'}: no weight average 'best'; it has net only" in capsys.readouterr().err
 
 
 def test_header_that_is_no_object_is_exit_3(capsys, bundle):
@@ -306,6 +333,38 @@ def test_dry_run_prints_the_resolved_configuration_and_touches_nothing(fastcm_cl
     assert "seed: 7" in run.stdout
     assert "configuration hash" in run.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+CHECKED = [
+    ("ect_cifar10", "network.out_channels=2", 2, "out_channels is 2, but the images have 3 channels"),
+    ("ect_cifar10", "data.conditional=true network={family: edm2} phases.tune.augment=0.1", 2, "edm2 takes no augmentation"),
+    ("digits", "network.attn_resolutions=[4] network.channel_mult=[1,1,1,1,1]", 2, "network: "),
+    ("digits", "network={family: bundle}", 2, "network.family is 'bundle', but phases.pretrain.init names no bundle"),
+    ("digits", "phases.tune.init=tests", 3, "no model.safetensors in this folder"),
+    ("cd_cifar10", "features.lpips=nowhere.pth", 3, "features.lpips: there is no file 'nowhere.pth'"),
+    ("cd_imagenet64", "features.lpips=", 2, "the distance lpips needs weights; set features.lpips"),
+    ("edm_imagenet64", "data.path=README.md", 3, "README.md"),
+    ("edm_imagenet64", "data.path=", 2, "data.path is empty"),
+    ("digits", "data.resolution=16", 3, "images are 8x8 grey, expected 16x16"),
+    ("digits", "data.resolution=-1", 2, "data.resolution: Input should be greater than or equal to 0"),
+    ("digits", "network.overrides.resample_filter=[]", 2, "the taps of a filter must not sum to 0"),
+    ("digits", "network.overrides.resample_filter=[1,-1]", 2, "the taps of a filter must not sum to 0"),
+    ("digits", "compute.device=cpu compute.cuda_graph=on", 2, "compute.cuda_graph is 'on', but a CPU has no graphs"),
+]
+
+
+@pytest.mark.parametrize(("config", "overrides", "code", "message"), CHECKED)
+def test_dry_run_refuses_what_training_would_refuse_at_once(capsys, config, overrides, code, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", config, *re.split(r" (?=\w+[.=])", overrides), "--dry-run"])
+    assert ended.value.code == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["edm_imagenet64", "ect_imagenet64", "ctm_cifar10_gan"])
+def test_dry_run_needs_no_images_and_bundles_that_may_come_later(capsys, config):
+    main(["train", config, "compute.cuda_graph=on", "--dry-run"])
+    assert "cuda_graph: 'on'" in capsys.readouterr().out
 
 
 def test_immediate_stop_does_not_claim_to_have_saved(monkeypatch, capsys):

@@ -65,6 +65,8 @@ def test_hash_changes_with_any_value():
         ("seed", "expected key.path=value"),
         ("seed=[1", "not valid YAML"),
         ("phases.tune.optimizer.lr=.inf", "finite"),
+        ("phases.tun=null", "override 'phases.tun=null': there is nothing to remove; here stand pretrain, tune"),
+        ("phases.tune.optimizer.kind.x=null", "override 'phases.tune.optimizer.kind.x=null'"),
     ],
 )
 def test_wrong_override_is_explained(override, expected):
@@ -100,6 +102,12 @@ def test_base_is_merged_section_by_section_and_null_removes(tmp_path):
     child = load_config(write(tmp_path, "base: parent.yaml\ncompute: {dtype: null}\nphases: {p: {batch_size: 4}}\n"))
     assert (child.seed, child.compute.tf32, child.compute.dtype) == (5, True, "float32")
     assert (child.phases["p"].batch_size, child.phases["p"].duration_images) == (4, 10)
+
+
+def test_null_on_the_command_line_removes_a_phase_and_a_value():
+    config = load_config("digits", ["phases.tune=null", "phases.pretrain.batch_size=null"])
+    assert list(config.phases) == ["pretrain"]
+    assert config.phases["pretrain"].batch_size == 128
 
 
 def test_base_of_a_base_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 from collections import OrderedDict
 
 import checkpoint_files as files
@@ -15,6 +16,7 @@ from integration_cases import header_of, write_bundle
 from safetensors.torch import load_file, save_file
 
 from fastcm.cli import main
+from fastcm.convert import bundle as conversion
 from fastcm.convert.options import PRESETS
 from fastcm.io.bundle import load, read_bundle
 
@@ -184,6 +186,10 @@ IDDPM = ("--preconditioner", "iddpm")
         ("E_unet_uncond", dict, ("--heads", "3"), "do not divide into 3 attention heads"),
         ("A_ddpmpp_uncond", dict, ("--heads", "2"), "--heads was given, but EDM's networks have one head"),
         ("A_ddpmpp_uncond", dict, ("--sampler", "trajectory"), "no second time and cannot jump"),
+        ("E_unet_uncond", dict, (*HEADS, "--resolution", "4096"), "--resolution 4096: the lowest of its 2 levels would have"),
+        ("E_unet_uncond", dict, ("--sigma-data", "nan"), "--sigma-data: expected a finite number above 0, got nan"),
+        ("E_unet_uncond", dict, ("--sigma-data", "inf"), "--sigma-data: expected a finite number above 0, got inf"),
+        ("E_unet_uncond", dict, ("--sigma-min", "nan"), "--sigma-min: expected a finite number above 0, got nan"),
         ("E_unet_uncond", dict, ("--heads", "2", *HEADS), "--heads was given beside --channels-per-head"),
         ("E_unet_uncond", dict, ("--heads-up", "2"), "--heads-up was given without --heads"),
         ("E_unet_uncond", dict, (*HEADS, "--preconditioner", "edm", "--sigma-min", "0.01"), "--sigma-min was given, but"),
@@ -206,8 +212,9 @@ def test_checkpoint_that_does_not_fit_is_an_error_that_names_file_and_key(case, 
     bundle.write_bytes(b"an earlier one")
     code, said = fails("convert", path, bundle, *options)
     assert message in said
-    assert str(path) in said or "--preset" in message or "none called" in message
-    assert code == (2 if "was given, but" in message or "--heads" in message or "none called" in message else code)
+    assert str(path) in said or message.startswith(("--preset", "--sigma")) or "none called" in message
+    usage = ("was given, but", "--heads", "none called", "--sigma", "--resolution")
+    assert code == (2 if any(words in message for words in usage) else code)
     assert code in (2, 3)
     assert bundle.read_bytes() == b"an earlier one"
     assert sorted(os.listdir(tmp_path)) == ["bundle.safetensors", "wrong.pt"]
@@ -278,6 +285,19 @@ def test_bundles_and_run_folders_need_no_conversion(run, fails, tmp_path):
     assert (code, "needs a file of its own" in said) == (2, True)
 
 
+def test_conversion_that_is_terminated_leaves_no_unfinished_file(fails, tmp_path, monkeypatch):
+    former = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # so that without the change the test fails and no more
+    monkeypatch.setattr(conversion, "check_bundle", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    source = edm_pickle("A_VPPrecond")(tmp_path / "source")
+    try:
+        code, said = fails("convert", source, tmp_path / "bundle.safetensors")
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert (code, "stopped at once" in said) == (1, True)
+    assert os.listdir(tmp_path) == ["source"]
+
+
 class Hostile:
     """Makes a folder when it is unpickled."""
 
@@ -315,6 +335,20 @@ def test_folder_of_others_is_refused_with_the_command_that_makes_a_bundle_of_it(
     assert folder == str(tmp_path / kind)
     arguments = command.partition(" fastcm ")[2].split()
     assert run(*arguments[:2], tmp_path / arguments[2]).startswith("found: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("hf", "model.safetensors"), ("hf", "config.json"), ("diffusers", "unet/diffusion_pytorch_model.safetensors")],
+)
+def test_file_of_a_folder_of_others_is_refused_with_the_folder_to_give(kind, name, run, fails, tmp_path):
+    write_bundle(tmp_path / "bundle", header_of())
+    run("export", tmp_path / "bundle", tmp_path / kind, "--format", kind)
+    file = tmp_path / kind / name
+    code, said = fails("convert", file, tmp_path / "again.safetensors")
+    assert code == 3
+    assert f"{file}: only all files of its folder tell the model: give the folder itself, {file.parent}\n" in said
+    assert run("convert", file.parent, tmp_path / "again.safetensors").startswith("found: ")
 
 
 @pytest.mark.parametrize("name", ["state.pt", "state.pkl", "state.safetensors"])

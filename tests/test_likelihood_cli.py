@@ -113,7 +113,9 @@ def test_misuse_is_named(bundle, tmp_path):
         measure_likelihood(write_bundle(tmp_path / "consistency.safetensors", sampler="consistency"))
 
 
-@pytest.mark.parametrize("option", [["--probe", "sign"], ["--levels", "1"], ["--probes", "0"], ["--kind", "pictures"]])
+@pytest.mark.parametrize(
+    "option", [["--probe", "sign"], ["--levels", "1"], ["--levels", "99999999999"], ["--probes", "0"], ["--kind", "pictures"]]
+)
 def test_options_out_of_range_are_refused_at_once(option):
     done = CliRunner().invoke(cli, ["likelihood", "model.safetensors", *option])
     assert done.exit_code == 2

@@ -1,7 +1,9 @@
 """The root of all verbs, and how a run of one ends."""
 
 import logging
+import signal
 import sys
+import threading
 import traceback
 from typing import NoReturn
 
@@ -27,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: unfinished files are removed
     try:
         cli.main(arguments, prog_name="fastcm", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

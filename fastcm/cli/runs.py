@@ -12,7 +12,7 @@ from fastcm.cli.group import cli
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default runs/<config name>.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+@click.option("--dry-run", is_flag=True, help="Check the configuration, print it as resolved, and stop.")
 def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
     """Train CONFIG, a shipped name or a YAML file; the same command resumes an interrupted run.
 
@@ -21,11 +21,11 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
     fastcm train ect_cifar10_1hour data.path=cifar-10-binary.tar.gz phases.tune.init=edm.safetensors --out runs/ect
     """
     from fastcm.config import load_config
-    from fastcm.train.build import check_objectives
+    from fastcm.train.preflight import check_config
 
     resolved = load_config(config, overrides)
     if dry_run:
-        check_objectives(resolved)
+        check_config(resolved)
         click.echo(f"# configuration hash {resolved.hash}\n{resolved.to_yaml()}", nl=False)
         return
     from fastcm.evaluate.digits import evaluate_path

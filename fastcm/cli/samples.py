@@ -26,7 +26,9 @@ PARAMETERS = (
     click.option("--sigma-min", type=float, help="Noise level to begin at; default 0.002, within the model's range."),
     click.option("--sigma-max", type=float, help="Noise level to end at; default 80, within the model's range."),
     click.option("--dequantize", default="uniform", show_default=True, type=click.Choice(MODES), help="Noise within the bins."),
-    click.option("--levels", type=click.IntRange(2), help="Values a pixel can have; default 256, and 17 for the digits."),
+    click.option(
+        "--levels", type=click.IntRange(2, 2**16), help="Values a pixel can have; default 256, and 17 for the digits."
+    ),
     click.option(
         "--residual",
         default="none",

@@ -40,7 +40,7 @@ def shipped_configs() -> list[str]:
 
 
 def load_config(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Read a configuration: a shipped name or a YAML file, then ``key.path=value`` overrides.
+    """Read a configuration: a shipped name or a YAML file, then ``key.path=value`` overrides; ``null`` removes what is there.
 
     Raises ConfigError naming the file and key, the value found and what was expected.
     """
@@ -127,6 +127,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
     try:
-        data[key] = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': not valid YAML: {' '.join(str(error).split())}") from None
+    if value is not None:
+        data[key] = value
+    elif data.pop(key, None) is None:
+        raise ConfigError(f"override '{override}': there is nothing to remove; here stand {', '.join(data) or 'no keys'}")

@@ -2,9 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_serializer, model_validator
 
 from fastcm.config.section import Fraction, Positive, Section
+
+
+def _with_a_sum(taps: tuple[float, ...]) -> tuple[float, ...]:
+    if not sum(taps):  # by which they are divided
+        raise ValueError("the taps of a filter must not sum to 0")
+    return taps
 
 
 class FamilyOverrides(Section):
@@ -15,7 +21,7 @@ class FamilyOverrides(Section):
     encoder: Literal["standard", "skip", "residual"] | None = None
     decoder: Literal["standard", "skip"] | None = None
     resample_layers: Literal["block", "conv"] | None = None
-    resample_filter: tuple[float, ...] | None = None
+    resample_filter: Annotated[tuple[float, ...], AfterValidator(_with_a_sum)] | None = None
     adaptive_scale: bool | None = None
     channels_per_head: Annotated[int, Field(ge=0)] | None = None
     num_heads: Positive | None = None

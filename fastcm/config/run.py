@@ -20,7 +20,7 @@ class DataConfig(Section):
 
     kind: Literal["digits", "cifar10", "edm_zip", "folder", "npz"] = "digits"
     path: str = ""  # archive or folder; empty for digits
-    resolution: int = 0  # expected side in pixels; 0 accepts what the set has
+    resolution: Annotated[int, Field(ge=0)] = 0  # expected side in pixels; 0 accepts what the set has
     conditional: bool = False  # train a class-conditional network on the set's labels
     xflip: bool = False  # mirror each image with probability 1/2
     download: bool = False  # fetch CIFAR-10 into ``path`` if it is not there
@@ -112,7 +112,7 @@ class TelemetryConfig(Section):
     snapshot_images: Positive = 1_000_000  # checkpoint, bundle and picture grids; a kill loses at most this much
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     grid_size: Annotated[int, Field(gt=0, le=32)] = 8  # pictures per side of a grid
-    heun_steps: Annotated[int, Field(ge=2)] = 18  # steps of the pretraining grids: 2 steps - 1 network evaluations
+    heun_steps: Annotated[int, Field(ge=2, le=1000)] = 18  # steps of the pretraining grids: 2 steps - 1 network evaluations
     evaluate: bool = False  # Frechet distances at the end of the run (digits only)
 
 

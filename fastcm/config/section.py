@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Sigma = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # a noise level, or the standard deviation of the data
 
 
 class Section(BaseModel):

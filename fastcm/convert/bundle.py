@@ -74,6 +74,8 @@ def convert(source: str | Path, file: str | Path, options: Options | None = None
     with _naming(source):
         if source.is_dir():
             return _convert_folder(source, file, options, preset)
+        if source.name in (INDEX, WEIGHTS, CONFIG_FILE, WEIGHTS_FILE) and _known_folder(source.parent):
+            raise CheckpointError(f"only all files of its folder tell the model: give the folder itself, {source.parent}")
         weights = read_source(source, options.weights)
         return _convert_file(source, file, weights, recognize(weights, options, chosen))
 
@@ -130,16 +132,22 @@ def _convert_folder(source: Path, file: Path, options: Options, preset: str) -> 
 
 def _folder_kind(folder: Path) -> str:
     """Whose folder it is, "diffusers" or "hf". Raises CheckpointError for other folders."""
+    kind = _known_folder(folder)
+    if kind:
+        return kind
+    if (folder / WEIGHTS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError("it is a run folder of fastcm: there is nothing to convert; load it as it is")
+    raise CheckpointError(f"no {INDEX}, {UNET} or {CONFIG_FILE} of a known model is in this folder")
+
+
+def _known_folder(folder: Path) -> str:
+    """The same, and "" for other folders."""
     if (folder / INDEX).is_file() or (folder / UNET).is_file():
         return "diffusers"
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     if config.get("_class_name") == UNET_CLASS:
         return "diffusers"
-    if config.get("library_name") == LIBRARY:
-        return "hf"
-    if (folder / WEIGHTS_FILE).is_file() and not config:
-        raise CheckpointError("it is a run folder of fastcm: there is nothing to convert; load it as it is")
-    raise CheckpointError(f"no {INDEX}, {UNET} or {CONFIG_FILE} of a known model is in this folder")
+    return "hf" if config.get("library_name") == LIBRARY else ""
 
 
 def _write(

@@ -1,5 +1,6 @@
 """What is told to ``fastcm convert`` about a checkpoint beside the file, by options or by a preset for a published file."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -34,6 +35,13 @@ class Options:
     outer: Literal["euler", "variance", "euler_variance_mixed"] | None = None
     sampler: Literal["heun", "euler", "consistency", "trajectory"] | None = None
     mid_sigmas: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for constants that no preconditioner can have."""
+        for name in ("sigma_data", "sigma_min"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:  # so that NaN is refused too
+                raise ConfigError(f"--{name.replace('_', '-')}: expected a finite number above 0, got {value}")
 
     def over(self, other: "Options") -> "Options":
         """The options of ``other`` where these say nothing."""

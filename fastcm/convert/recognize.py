@@ -27,7 +27,8 @@ SECOND_TIME = ("time_embed_s.", "map_layer0_s.")
 ECT_LOSS = "ECMLoss"
 ECT_MID_SIGMA, ECT_MID_SIGMA_64 = 0.821, 1.526  # arXiv 2310.14189 and 2406.14548, two steps on CIFAR-10 and ImageNet
 PUBLISHED_HEAD = 64
-LARGEST, MAX_CHANNELS = 4096, 1024  # of images
+LARGEST, MAX_CHANNELS = 1024, 1024  # of images
+PUBLISHED_LOWEST, LARGEST_LOWEST = 8, 32  # sides of the lowest level
 FAMILY_NAMES = {"ddpmpp": "DDPM++", "ncsnpp": "NCSN++", "adm": "ADM", "openai": "OpenAI's ADM"}
 
 
@@ -125,7 +126,12 @@ def _openai(weights: Weights, told: Told) -> Plan:
     given = _openai_heads(weights, told)
     levels = len(_describe_openai(weights, LARGEST, given).network.channel_mult)
     smallest = "its lowest level is then 8x8, as in all published networks"
-    resolution = told.get("resolution", 8 << (levels - 1), smallest)
+    resolution = told.get("resolution", PUBLISHED_LOWEST << (levels - 1), smallest)
+    if resolution >> (levels - 1) > LARGEST_LOWEST:  # attention there would take all memory
+        raise ConfigError(
+            f"--resolution {resolution}: the lowest of its {levels} levels would have a side of {resolution >> (levels - 1)}; "
+            f"in published networks that is {PUBLISHED_LOWEST}, which makes {PUBLISHED_LOWEST << (levels - 1)}"
+        )
     facts = _describe_openai(weights, resolution, given)
     if facts.network.out_channels and not weights.class_name and told.options.preconditioner is None:
         raise CheckpointError(

@@ -46,7 +46,16 @@ class Preconditioner(Protocol):
         ...
 
 
-class _Continuous:
+class _Constants:
+    """The constants of a preconditioner: ValueError unless all are finite numbers above 0, or sigma_min that is 0."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf or (value == 0 and name != "sigma_min"):  # so that NaN is refused too
+                raise ValueError(f"{name} of the preconditioner is {value}, expected a finite number above 0")
+
+
+class _Continuous(_Constants):
     """A preconditioner whose network takes any noise level."""
 
     def round_sigma(self, sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -159,7 +168,7 @@ class VE(_Continuous):
 
 
 @dataclass(frozen=True)
-class IDDPM:
+class IDDPM(_Constants):
     """The scalings of iDDPM and ADM networks, which know M noise levels u_1 .. u_M only.
 
     c_skip = 1, c_out = -s, c_in = 1 / sqrt(s^2 + 1), c_noise = M - 1 - argmin_j |u_j - s|; arXiv 2206.00364, Table 1.

@@ -11,6 +11,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from fastcm.config.section import Sigma
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -22,8 +24,8 @@ class Trajectory:
     """
 
     outer: Literal["euler", "variance", "euler_variance_mixed"] = "euler"
-    sigma_data: float = 0.5
-    sigma_min: float = 0.002
+    sigma_data: Sigma = 0.5
+    sigma_min: Sigma = 0.002
 
     def coefficients(
         self, t_N: Float[Tensor, " N"], s_N: Float[Tensor, " N"]

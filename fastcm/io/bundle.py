@@ -109,7 +109,8 @@ def load(path: str | Path, *, ema: str = "", device: str | torch.device = "cpu",
     model = model_from_header(header, dtype=dtype, origin=file)
     name = ema or header.emas[0]
     if name not in (*header.emas, "net"):
-        raise CheckpointError(f"{file}: no weight average '{name}'; it has {', '.join(header.emas)} and net")
+        averages = ", ".join(known for known in header.emas if known != "net")
+        raise CheckpointError(f"{file}: no weight average '{name}'; it has {f'{averages} and net' if averages else 'net only'}")
     copy_into(model.net.state_dict(), tensors, "net/", file)
     if name != "net":
         copy_into(dict(model.net.named_parameters()), tensors, f"ema/{name}/", file)
@@ -128,7 +129,7 @@ def model_from_header(header: BundleHeader, *, dtype: torch.dtype = torch.float3
         trajectory = TypeAdapter(Trajectory).validate_python(header.trajectory or {})
     except ValidationError as error:
         raise CheckpointError(f"{origin}: damaged header: {_first(error)}") from None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{origin}: damaged header: {error}") from None
     net = build_network(network, header.image_shape, header.label_dim, header.augment_dim)
     shape, label_dim, sampling = header.image_shape, header.label_dim, header.sampling

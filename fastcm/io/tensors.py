@@ -82,9 +82,9 @@ def _is_pickle(path: Path) -> bool:
 
 @torch.no_grad()
 def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str, origin: Path) -> None:
-    """Copy ``tensors[prefix + name]`` into every target; keys and shapes must match exactly.
+    """Copy ``tensors[prefix + name]`` into every target; keys and shapes must match exactly, floats may differ in their width.
 
-    Raises CheckpointError naming the first missing, extra or wrongly shaped key.
+    Raises CheckpointError naming the first missing, extra or wrongly shaped key, or one that has integers in place of floats.
     """
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     for name in targets.keys() ^ found.keys():
@@ -94,5 +94,8 @@ def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pref
         if target.shape != found[name].shape:
             shapes = f"{tuple(found[name].shape)}, this network needs {tuple(target.shape)}"
             raise CheckpointError(f"{origin}: '{prefix}{name}' has shape {shapes}; the file belongs to another architecture")
+        if target.is_floating_point() != found[name].is_floating_point():
+            dtypes = f"{found[name].dtype}, this network needs {target.dtype}".replace("torch.", "")
+            raise CheckpointError(f"{origin}: '{prefix}{name}' is of {dtypes}; give the weights as they were trained")
     for name, target in targets.items():
         target.copy_(found[name])

@@ -22,6 +22,8 @@ from fastcm.sampling.dpm import sample_dpm
 from fastcm.sampling.edm import sample_euler, sample_heun
 from fastcm.sampling.trajectory import sample_trajectory
 
+MAX_STEPS = 100_000  # far beyond any use, and a grid of so many levels is still small
+
 
 class SamplerOptions(TypedDict, total=False):
     """The constants of the samplers; None is as good as leaving one out."""
@@ -98,8 +100,8 @@ def sample(
     sigmas = _grid(model, sampler, steps, mid_sigmas, form)
     index = _global_indices(num, index_offset, device)
     labels = choose_labels(labels, index, seed, model.label_dim)
-    indices = index.split(batch_size)
-    per_batch = [None] * len(indices) if labels is None else labels.split(batch_size)
+    indices = index.split(min(batch_size, num))
+    per_batch = [None] * len(indices) if labels is None else labels.split(min(batch_size, num))
     return torch.cat([_sample(model, run, sigmas, seed, *batch) for batch in zip(indices, per_batch, strict=True)])
 
 
@@ -196,8 +198,8 @@ def _check(num: int, batch_size: int, seed: int, sampler: str, mid_sigmas: Seque
 
 
 def _check_grid(steps: int, rho: float | None) -> None:
-    if not isinstance(steps, Integral) or steps < 1:
-        raise ConfigError(f"steps: expected a whole number of at least 1, got {steps}")
+    if not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
+        raise ConfigError(f"steps: expected a whole number of at most {MAX_STEPS} and at least 1, got {steps}")
     if rho is not None and not 1 <= rho < math.inf:  # so that NaN is refused too
         raise ConfigError(f"rho: expected a finite number of at least 1, got {rho}")
 

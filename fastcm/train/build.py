@@ -25,7 +25,7 @@ from fastcm.config import (
     PDObjectiveConfig,
 )
 from fastcm.data.dataset import ResidentDataset, load_resident
-from fastcm.data.sources import open_source
+from fastcm.data.sources import Source, open_source
 from fastcm.diffusion.preconditioners import PRECONDITIONERS
 from fastcm.errors import ConfigError
 from fastcm.io.bundle import read_header, resolve_bundle
@@ -93,14 +93,23 @@ def resolve_network(config: Config) -> Config:
 def open_dataset(config: DataConfig, device: torch.device) -> ResidentDataset:
     """Open, decode and check every image of the configured data set; it lives on the training device.
 
-    Raises DataError naming what is damaged, ConfigError where a conditional network has no labels to learn from.
+    Raises DataError naming what is damaged, and ConfigError, as ``open_images`` does.
+    """
+    return load_resident(open_images(config), device=device)
+
+
+def open_images(config: DataConfig) -> Source:
+    """The configured data set, its images not read yet.
+
+    Raises DataError for files that are missing or damaged, ConfigError where a conditional network has no labels to learn
+    from.
     """
     source = open_source(
         config.kind, config.path, resolution=config.resolution, labels=config.conditional, download=config.download
     )
     if config.conditional and not source.label_dim:
         raise ConfigError(f"data.conditional is true, but {source.name} has no labels")
-    return load_resident(source, device=device)
+    return source
 
 
 def check_objectives(config: Config) -> None:

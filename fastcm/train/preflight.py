@@ -7,30 +7,68 @@ from typing import Any
 
 import torch
 
-from fastcm.config import Config, CTMObjectiveConfig, FeaturesConfig, PhaseConfig
+from fastcm.config import BundleNetworkConfig, Config, CTMObjectiveConfig, FeaturesConfig, PhaseConfig
 from fastcm.data.dataset import ResidentDataset
 from fastcm.errors import CheckpointError, ConfigError
 from fastcm.io.bundle import BundleHeader, model_from_header, read_header, resolve_bundle
 from fastcm.nn.features import check_feature_network
 from fastcm.objectives import ProgressiveDistillation
 from fastcm.train.adversary import Adversary
-from fastcm.train.build import build_objective
+from fastcm.train.build import build_objective, check_objectives, open_images, resolve_network
 from fastcm.train.networks import perceptual_distance, teacher_source
 from fastcm.train.phase import phase_header
 
 log = logging.getLogger("fastcm")
 
 CPU = torch.device("cpu")
+CIFAR10 = (3, 32, 32), 10  # (C, H, W), number of classes
 
 
-def check_phases(config: Config, data: ResidentDataset, first: str, resumed: bool = False) -> None:
+def check_config(config: Config) -> None:
+    """What a dry run can tell of a run: what is wrong with its configuration, and with the files that are there.
+
+    Images are not read, and they and bundles may come later. Raises what ``check_phases`` raises, DataError for a data set
+    that is there and cannot be opened.
+    """
+    check_objectives(config)
+    for name, settings in config.phases.items():
+        _check_features(name, settings, config.features)
+    first = next(iter(config.phases))
+    if isinstance(config.network, BundleNetworkConfig) and _comes_later(config.phases[first].init):
+        return
+    data = _expected_images(config)
+    if data is not None:
+        check_phases(resolve_network(config), data, first, dry=True)
+
+
+def _comes_later(source: str) -> bool:
+    """Whether weights are those of a bundle that is not there yet."""
+    return source not in ("previous", "fresh") and not Path(source).exists()
+
+
+def _expected_images(config: Config) -> ResidentDataset | None:
+    """A data set without images of the shape that the configured one has; None where that cannot be known yet."""
+    if config.data.kind == "cifar10":  # as they are wherever they lie, and its archive would have to be read
+        (channels, height, width), label_dim = CIFAR10
+    elif config.data.path and not Path(config.data.path).exists():
+        return None
+    else:
+        source = open_images(config.data)
+        (channels, height, width), label_dim = source.image_shape, source.label_dim
+    device = "cpu" if config.compute.device == "cpu" else "meta"  # where the run will compute may have a GPU
+    images = torch.empty((0, height, width, channels), dtype=torch.uint8, device=device)
+    return ResidentDataset(images, None, label_dim, "", config.data.kind)
+
+
+def check_phases(config: Config, data: ResidentDataset, first: str, resumed: bool = False, dry: bool = False) -> None:
     """Check the phases from ``first`` on: a wrong path or a misfit is found now, not after hours of pretraining.
 
     resumed: the first one goes on from a checkpoint, which holds its weights, so where they came from no longer matters.
+    dry: bundles may come later, and feature networks are not built.
     Raises ConfigError for a network or an order of phases that cannot work, CheckpointError for a bundle that is missing,
     damaged or of another architecture.
     """
-    if config.compute.cuda_graph == "on" and data.images.device.type != "cuda":
+    if config.compute.cuda_graph == "on" and data.images.device.type == "cpu":
         raise ConfigError("compute.cuda_graph is 'on', but a CPU has no graphs: set it to 'auto' or 'off'")
     names = list(config.phases)
     for number, name in enumerate(names):
@@ -38,17 +76,19 @@ def check_phases(config: Config, data: ResidentDataset, first: str, resumed: boo
         with torch.device("meta"):
             model_from_header(header, origin=Path(name))
         before = phase_header(config, names[number - 1], data) if number else None
-        _check_needs(name, settings, config.features, header)
-        if number >= names.index(first):
+        _check_needs(name, settings, header)
+        _check_features(name, settings, config.features)
+        if number >= names.index(first) and not dry:
             _build_frozen(name, settings, config, header)
-        if number > names.index(first) or (number == names.index(first) and not resumed):
+        begins = number > names.index(first) or (number == names.index(first) and not resumed)
+        if begins and not (dry and _comes_later(settings.init)):
             _check_start(name, settings, header, before)
-        if number >= names.index(first):
+        if number >= names.index(first) and not (dry and _comes_later(teacher_source(settings))):
             _check_teacher(name, settings, header, before)
 
 
-def _check_needs(name: str, settings: PhaseConfig, features: FeaturesConfig, header: BundleHeader) -> None:
-    """The network and the feature networks are what the objective asks for, and progressive distillation gets to its end."""
+def _check_needs(name: str, settings: PhaseConfig, header: BundleHeader) -> None:
+    """The network is what the objective asks for, and progressive distillation gets to its end."""
     _check_last_stage(name, settings)
     gan = getattr(settings.objective, "gan", None)
     if isinstance(settings.objective, CTMObjectiveConfig):
@@ -61,6 +101,11 @@ def _check_needs(name: str, settings: PhaseConfig, features: FeaturesConfig, hea
             raise ConfigError(f"phases.{name}: CTM needs a network with a single last layer, not decoder 'skip'")
         if gan is not None and gan.conditional and not header.label_dim:
             raise ConfigError(f"phases.{name}: gan.conditional needs classes; set data.conditional to true")
+
+
+def _check_features(name: str, settings: PhaseConfig, features: FeaturesConfig) -> None:
+    """There are such feature networks as the objective asks for, and weights for them."""
+    gan = getattr(settings.objective, "gan", None)
     if gan is not None:
         _check_networks(name, "discriminator", features.discriminator, features.size)
     distance = build_objective(settings.objective).perceptual

@@ -58,6 +58,21 @@ def test_readme_has_every_table():
     assert {name for _, name, _, _ in REGION.findall((ROOT / "README.md").read_text(encoding="utf-8"))} == set(TABLES)
 
 
+def test_notes_name_the_result_files_of_their_outcomes_or_say_that_there_are_none():
+    for section in (RESULTS.parent / "NOTES.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        files = re.findall(r"`results/([^`]+)`", section)
+        assert all(any(RESULTS.glob(name)) for name in files), section
+        if "| outcome |" in section:
+            assert files or "no result file" in section or not measured_outside(outcomes(section)), section
+
+
+def outcomes(section: str) -> str:
+    """The cells of a section's tables in the column "outcome", without those that say "not measured"."""
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in section.splitlines() if line.startswith("| ")]
+    column = rows[0].index("outcome")
+    return "\n".join(row[column] for row in rows[1:] if not row[column].startswith("not measured"))
+
+
 def write(folder, name, value):
     (folder / name).write_text(json.dumps(value))
 
