@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+
 class Normalised(NamedTuple):
     """The normalised image y = centred slope + offset, and what its gradient needs; groups' values repeated for channels.
 
