@@ -15,13 +15,17 @@ from fastcm.kernels import consistency_loss as consistency_loss_kernels
 from fastcm.kernels import group_norm as group_norm_kernels
 from fastcm.kernels import noise as noise_kernels
 from fastcm.kernels import optimizer as optimizer_kernels
+from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.noise import NoisedInputs
+from fastcm.kernels.optimizer import FlatLayout
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.kernels.resample import resample as resample_torch
 from fastcm.kernels.runtime.fallback import failures, is_strict
 from fastcm.kernels.runtime.pinned import ARCHITECTURES, architecture
 
 __all__ = [
+    "DISTANCES",
+    "FlatLayout",
     "add_noise",
     "attention",
     "attention_table",

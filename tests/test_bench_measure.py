@@ -7,7 +7,7 @@ import torch
 
 from fastcm.bench import functional, measure
 from fastcm.bench.backends import JVP_FORMULAS, Backend, backends, prepare, reference
-from fastcm.bench.cases import OP_PASSES, PASSES, Case, build, cases
+from fastcm.bench.cases import OP_PASSES, PASSES, Case, ImageShape, build, cases
 from fastcm.bench.check import oracle, verdict
 from fastcm.bench.measure import FAILED, OK, UNAVAILABLE, Settings, rows
 from fastcm.bench.shapes import AttentionShape, GroupNormShape
@@ -174,6 +174,7 @@ SHAPES = [
     ("group_norm", GroupNormShape(12, 4, 3, addend=False, film=True, silu=True, dropout=True)),
     ("group_norm", GroupNormShape(12, 4, 3, addend=False, film=True, silu=False, dropout=False)),
     ("attention", AttentionShape(16, 2, 6)),
+    ("consistency_loss", ImageShape(3, 5)),
 ]
 
 

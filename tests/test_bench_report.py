@@ -118,11 +118,13 @@ def test_norm_and_attention_move_each_image_once():
 
 
 def test_the_loss_reads_no_teacher_under_the_boundary():
-    forward, backward = (costs.case_cost(case_of("consistency_loss", direction)) for direction in ("fwd", "bwd"))
+    forward, backward, jvp = (costs.case_cost(case_of("consistency_loss", direction)) for direction in ("fwd", "bwd", "jvp"))
     student, clean_rows = 128 * (2 + 4), 128 // 8
     reads = 3072 * (student + (128 - clean_rows) * (2 + 4) + clean_rows * 4)
     assert forward.read_bytes == backward.read_bytes == reads
     assert backward.write_bytes == 128 * 3072 * 2
+    assert jvp.read_bytes == reads + 3072 * student
+    assert jvp.write_bytes == forward.write_bytes == 2 * 4 * 128
 
 
 def test_the_optimizer_moves_the_known_bytes_per_parameter():

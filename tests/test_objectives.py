@@ -27,7 +27,7 @@ from fastcm.objectives import (
 )
 from fastcm.objectives.base import dropout_key, noise_key
 from fastcm.objectives.consistency import noise_pair, pair_loss, solver_pair
-from fastcm.objectives.distances import image_distance
+from fastcm.objectives.distances import image_distance, weighted_distance
 from fastcm.random import Stream
 
 SHAPE = (3, 8, 8)
@@ -407,6 +407,28 @@ def test_feature_distance_without_a_feature_network_says_so():
     images = torch.zeros(2, 3, 8, 8)
     with pytest.raises(ValueError, match="feature network"):
         image_distance("lpips", images, images)
+
+
+@pytest.mark.parametrize("distance", ["l2", "squared", "pseudo_huber", "l1"])
+def test_weighted_distance_of_images_and_its_gradient(distance):
+    """Against the formulas in fp64: an image that is there already is a denoised image, so the fused loss serves it too."""
+    x, y = (Stream(0, name).image_normal(torch.arange(4), SHAPE) for name in "xy")
+    y[1] = x[1]
+    weight = torch.tensor([0.5, 2.0, 1.0, 3.0])
+    of_images = {
+        "l2": lambda v: v.square().sum((1, 2, 3)).clamp(min=1e-300).sqrt(),
+        "squared": lambda v: v.square().sum((1, 2, 3)),
+        "pseudo_huber": lambda v: (v.square().sum((1, 2, 3)) + 0.03**2).sqrt() - 0.03,
+        "l1": lambda v: v.abs().sum((1, 2, 3)),
+    }
+    exact = x.double().requires_grad_()
+    expected = weight * of_images[distance](exact - y)
+    x.requires_grad_(), y.requires_grad_()
+    found = weighted_distance(distance, x, y, weight, c=0.03)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-12)
+    grad_x, grad_y = torch.autograd.grad(found.sum(), (x, y), allow_unused=True)
+    torch.testing.assert_close(grad_x.double(), torch.autograd.grad(expected.sum(), exact)[0], rtol=1e-5, atol=1e-7)
+    assert grad_y is None
 
 
 @pytest.mark.parametrize("mapping", ["sigmoid", "const"])

@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcm.bench.cases import Case, Problem
 from fastcm.kernels.attention import attention_xformers, xformers_unavailable
-from fastcm.kernels.group_norm import derivatives
+from fastcm.kernels.consistency_loss import derivatives as loss_derivatives
+from fastcm.kernels.consistency_loss.derivatives import Denoiser, Target
+from fastcm.kernels.group_norm import derivatives as norm_derivatives
 from fastcm.kernels.group_norm.call import Call, Tangents
 from fastcm.kernels.group_norm.registration import checked_call
 from fastcm.kernels.philox import PhiloxKey, random_bits
@@ -125,14 +127,10 @@ def _public(op: str, **arguments: Any) -> Any:
 
 
 def _explicit_jvp(op: str, problem: Problem) -> Any:
-    """The registered JVP op: each moved argument is followed by its tangent, named like it with a t in front."""
+    """The registered JVP op: a tangent has the name of what it belongs to with a t in front."""
     function = getattr(import_module(f"fastcm.kernels.{FOLDERS[op]}"), f"{op}_jvp")
-    tensors, tangents, options = dict(problem.tensors), dict(problem.tangents), dict(problem.options)
-    if op == "attention":
-        return function(tensors["qkv_NCHW"], tangents["qkv_NCHW"], options["num_heads"])
-    head = [tensors.pop("x_NCHW"), tangents.pop("x_NCHW"), options.pop("num_groups")]
-    head += [tensors.pop("weight_C"), tensors.pop("bias_C"), options.pop("eps")]
-    return function(*head, **tensors, **{f"t{name}": value for name, value in tangents.items()}, **options)
+    tangents = {f"t{name}": value for name, value in problem.tangents.items()}
+    return function(**problem.tensors, **tangents, **problem.options)
 
 
 def _compiled(plain: Callable[..., Any], op: str) -> Backend:
@@ -181,10 +179,19 @@ def _attention_formula(qkv_NCHW: Tensor, tqkv_NCHW: Tensor, num_heads: int) -> t
     return back[0], back[1]
 
 
+def _loss_arguments(problem: Problem) -> tuple[Any, ...]:
+    tensors, tangents = problem.tensors, problem.tangents
+    at_t, at_r = (Denoiser(*(tensors[f"{name}_{at}"] for name in Denoiser._fields)) for at in "tr")
+    target = Target(tensors["clean"], at_r, tensors["boundary_N"])
+    moved = loss_derivatives.Tangents(tangents["F_t"], tangents["x_t"], None)
+    return moved, at_t, target, tensors["weight_N"], problem.options["distance"], 0.0
+
+
 # The arguments of a JVP in closed form, and that form in plain PyTorch.
 JVP_FORMULAS: dict[str, tuple[Callable[[Problem], tuple[Any, ...]], Callable[..., Any]]] = {
-    "group_norm": (_group_norm_arguments, derivatives.jvp),
+    "group_norm": (_group_norm_arguments, norm_derivatives.jvp),
     "attention": (_attention_arguments, _attention_formula),
+    "consistency_loss": (_loss_arguments, loss_derivatives.jvp),
 }
 
 

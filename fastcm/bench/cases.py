@@ -91,11 +91,11 @@ def cases(op: str, shape_set: str, batch: int, dtype: torch.dtype, directions: t
                 yield Case(op, shape_set, shape, calls, batch, dtype, direction)
 
 
-# Which passes an op has: noise is drawn, not differentiated; an optimizer step is one pass; the loss has no tangent of its own.
+# Which passes an op has: noise is drawn, not differentiated; an optimizer step is one pass.
 OP_PASSES: dict[str, tuple[str, ...]] = {
     "group_norm": ("fwd", "bwd", "jvp"),
     "attention": ("fwd", "bwd", "jvp"),
-    "consistency_loss": ("fwd", "bwd"),
+    "consistency_loss": ("fwd", "bwd", "jvp"),
     "add_noise": ("fwd",),
     "optimizer": ("fwd",),
 }
@@ -179,7 +179,8 @@ def _consistency_loss(shape: ImageShape, batch: int, dtype: torch.dtype, draw: _
         tensors |= {f"c_skip_{at}": SIGMA_DATA**2 / variance_N, f"c_out_{at}": sigma_N * SIGMA_DATA / variance_N.sqrt()}
     tensors |= {"clean": draw.images("clean", *shape, fp32) * SIGMA_DATA, "weight_N": 1 / t_N}
     tensors["boundary_N"] = draw.index % BOUNDARY_EVERY == 0
-    return Problem(tensors, {"distance": "l2"}, ("F_t",), frozenset(), torch.ones_like(t_N) / batch, {})
+    tangents = {"F_t": draw.images("tF_t", *shape, dtype), "x_t": draw.images("tx_t", *shape, fp32)}
+    return Problem(tensors, {"distance": "l2"}, ("F_t",), frozenset(), torch.ones_like(t_N) / batch, tangents)
 
 
 def _add_noise(shape: ImageShape, batch: int, dtype: torch.dtype, draw: _Draw) -> Problem:

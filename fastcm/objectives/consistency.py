@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastcm import ops
 from fastcm.diffusion.preconditioners import Preconditioner, Scalings
-from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.kernels.runtime.host import on_cpu
 from fastcm.model import Model, per_image
@@ -127,7 +126,7 @@ def pair_loss(
     F_t = student.from_input(at_t.input_NCHW, at_t.scalings.c_noise, *conditions)
     with torch.no_grad():
         F_r = _target_output(target, at_r, *conditions, pair.boundary_N)
-    if distance not in DISTANCES:
+    if distance not in ops.DISTANCES:
         D_r = denoised(at_r, F_r)
         if pair.boundary_N is not None:
             D_r = torch.where(per_image(pair.boundary_N), batch.images, D_r)

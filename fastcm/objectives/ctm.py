@@ -21,7 +21,7 @@ from fastcm.model import Model
 from fastcm.nn.network import Cut
 from fastcm.objectives.base import Networks, Objective
 from fastcm.objectives.consistency import ode_step
-from fastcm.objectives.distances import ALL_DISTANCES, distance_between
+from fastcm.objectives.distances import ALL_DISTANCES, weighted_distance
 from fastcm.random import Stream
 
 INNER = {"edm": EDM, "edm_boundary": EDMBoundary}
@@ -195,8 +195,7 @@ class CTM(Objective):
     ) -> Float[Tensor, " N"]:
         """The weighted distance of each estimate to its target; Eq. 10."""
         images = (estimate_NCHW, target_NCHW)
-        distance_N = distance_between(self.distance, *images, self.c, networks.perceptual, index_N)
-        return self.weight_of(jumps) * distance_N
+        return weighted_distance(self.distance, *images, self.weight_of(jumps), self.c, networks.perceptual, index_N)
 
     def jumped_to(self, jumps: Jumps) -> Float[Tensor, " N"]:
         """The level that the student jumps to from t."""

@@ -1,15 +1,15 @@
 """Distances of two images that look at more than the sum of squares, which ``ops.consistency_loss`` takes care of."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from fastcm.kernels.consistency_loss import DISTANCES
-from fastcm.kernels.consistency_loss.reference import distance_of, sum_of_squares
+from fastcm import ops
 
 PERCEPTUAL = ("lpips", "features")  # by frozen networks
 IMAGE_DISTANCES = ("l1", "squared_32", *PERCEPTUAL)
-ALL_DISTANCES = (*DISTANCES, *IMAGE_DISTANCES)
+ALL_DISTANCES = (*ops.DISTANCES, *IMAGE_DISTANCES)
 
 
 def image_distance(
@@ -38,15 +38,21 @@ def image_distance(
     return perceptual(x_NCHW, y_NCHW) if distance == "lpips" else perceptual(x_NCHW, y_NCHW, index_N)
 
 
-def distance_between(
+def weighted_distance(
     distance: str,
     x_NCHW: Float[Tensor, "N C H W"],
     y_NCHW: Float[Tensor, "N C H W"],
+    weight_N: Float[Tensor, " N"],
     c: float = 0.0,
     perceptual: nn.Module | None = None,
     index_N: Int64[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
-    """Any distance of two images that are there already; those of ``ops.consistency_loss`` in plain PyTorch."""
-    if distance in DISTANCES:
-        return distance_of(sum_of_squares(x_NCHW - y_NCHW), distance, c)
-    return image_distance(distance, x_NCHW, y_NCHW, perceptual, index_N)
+    """weight d(x, y) for any of ``ALL_DISTANCES`` of images that are there already; the target y carries no gradient.
+
+    c: of "pseudo_huber"; the other arguments and the errors are those of ``image_distance``.
+    """
+    if distance not in ops.DISTANCES:
+        return weight_N * image_distance(distance, x_NCHW, y_NCHW.detach(), perceptual, index_N)
+    one_N = torch.ones_like(weight_N)
+    # An image is D = c_skip y + c_out x with c_skip = 0 and c_out = 1.
+    return ops.consistency_loss(x_NCHW, y_NCHW.detach(), 0 * one_N, one_N, y_NCHW, weight_N, distance=distance, c=c)

@@ -10,11 +10,11 @@ from fastcm.diffusion.consistency import MAPPINGS, WEIGHTS, consistency_weight, 
 from fastcm.diffusion.noise_distributions import lognormal_sigma
 from fastcm.diffusion.preconditioners import EDM, EDMBoundary, Preconditioner
 from fastcm.errors import ConfigError
-from fastcm.kernels.consistency_loss import DISTANCES
 from fastcm.kernels.philox import PhiloxKey
 from fastcm.model import Model
 from fastcm.objectives.base import LossTerms, Networks, Objective, TrainingBatch, dropout_key, noise_key
 from fastcm.objectives.consistency import noise_pair, pair_loss
+from fastcm.ops import DISTANCES
 from fastcm.random import Stream
 
 

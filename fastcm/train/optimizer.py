@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcm import ops
-from fastcm.kernels.optimizer import FlatLayout
+from fastcm.ops import FlatLayout
 
 
 class WeightAverage:

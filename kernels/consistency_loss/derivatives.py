@@ -37,6 +37,14 @@ class Gradients(NamedTuple):
     weight_N: Float[Tensor, " N"] | None
 
 
+class Tangents(NamedTuple):
+    """Tangents of F_t, x_t and the weight; None for 0."""
+
+    F_t: Float[Tensor, "N C H W"] | None
+    x_t: Float[Tensor, "N C H W"] | None
+    weight_N: Float[Tensor, " N"] | None
+
+
 def difference(student: Denoiser, target: Target) -> Float[Tensor, "N C H W"]:
     """v = D_t - target."""
     return reference.difference(student, target.clean, target.teacher or (None,) * 4, target.boundary_N)
@@ -89,24 +97,20 @@ def backward(
 
 
 def jvp(
-    tangents: Gradients,
-    squares_N: Float[Tensor, " N"],
-    student: Denoiser,
-    target: Target,
-    weight_N: Float[Tensor, " N"],
-    distance: str,
-    c: float,
-) -> Float[Tensor, " N"]:
-    """The tangent of the loss for tangents of F_t, x_t and the weight (None: 0): w h <v, c_out tF + c_skip tx> + tw d(S)."""
-    tangent_N = torch.zeros_like(squares_N)
+    tangents: Tangents, student: Denoiser, target: Target, weight_N: Float[Tensor, " N"], distance: str, c: float
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(loss, its tangent) per sample: w h <v, c_out tF + c_skip tx> + tw d(S)."""
     difference_NCHW = difference(student, target)
+    squares_N = reference.sum_of_squares(difference_NCHW)
+    distance_N = reference.distance_of(squares_N, distance, c)
+    product_N = torch.zeros_like(squares_N)
     for scaling_N, tangent_NCHW in ((student.c_out, tangents.F_t), (student.c_skip, tangents.x_t)):
         if tangent_NCHW is not None:
-            tangent_N = tangent_N + scaling_N * (difference_NCHW * tangent_NCHW).flatten(1).sum(1)
-    tangent_N = tangent_N * weight_N * slope(squares_N, distance, c)
+            product_N = product_N + scaling_N * (difference_NCHW * tangent_NCHW).flatten(1).sum(1)
+    tangent_N = weight_N * slope(squares_N, distance, c) * product_N
     if tangents.weight_N is not None:
-        tangent_N = tangent_N + tangents.weight_N * reference.distance_of(squares_N, distance, c)
-    return tangent_N
+        tangent_N = tangent_N + tangents.weight_N * distance_N
+    return weight_N * distance_N, tangent_N
 
 
 def _per_image(value_N: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel share: v = D_t - target of a tile, the distance and its slope, the arguments."""
+"""What the kernels of all passes share: v = D_t - target of a tile, the distance and its slope, the arguments."""
 
 import struct
 from typing import Any
@@ -79,7 +79,7 @@ def slope_of(squares, SQUARED: tl.constexpr, C_SQUARED: tl.constexpr):
 def shared_arguments(
     student: Denoiser, target: Target, distance: str, c: float, order: torch.memory_format
 ) -> tuple[dict[str, Any], int]:
-    """The arguments that both kernels take, and the elements of one image; images evenly spaced, [N] contiguous fp32."""
+    """The arguments that all kernels take, and the elements of one image; images evenly spaced, [N] contiguous fp32."""
     _, channels, height, width = student.F.shape
     F_r, x_r, c_skip_r, c_out_r = target.teacher or (None,) * 4
     images = {"F_t": student.F, "x_t": student.x, "clean": target.clean, "F_r": F_r, "x_r": x_r}

@@ -7,14 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..runtime.elements import loop_format
-from ..runtime.launch import Launch, ceil_div, next_power_of_2
-from ..runtime.pinned import pinned
+from ..runtime.launch import Launch
 from .derivatives import Denoiser, Target
 from .difference import difference, distance_of, shared_arguments
-
-# Of one image; a sum over more is no longer one tile. Larger images give each program several tiles.
-MAX_SPLITS = 1024
-FINISH_TILE = 1024
+from .split import split_image, sum_of_parts
 
 
 # One line per tensor.
@@ -69,12 +65,10 @@ def finish_kernel(
     SPLIT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """S and loss of ROWS images from their partial sums, added in an order that does not depend on the batch."""
+    """S and loss of ROWS images from their partial sums."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    split = tl.arange(0, SPLIT_BLOCK)
     is_row = row < num
-    mask = is_row[:, None] & (split < SPLITS)[None, :]
-    total = tl.sum(tl.load(partial_ptr + row[:, None] * SPLITS + split[None, :], mask=mask, other=0.0), axis=1)
+    total = sum_of_parts(partial_ptr, row, is_row, SPLITS, SPLIT_BLOCK)
     tl.store(squares_ptr + row, total, mask=is_row)
     weight = tl.load(weight_ptr + row, mask=is_row)
     tl.store(loss_ptr + row, weight * distance_of(total, SQUARED, C, C_SQUARED), mask=is_row)
@@ -92,25 +86,14 @@ def forward_launches(
 ) -> list[Launch]:
     """The launches that fill ``loss_N`` and ``squares_N``; images evenly spaced, [N] vectors contiguous and fp32.
 
-    How an image is split depends on its size alone, so that its loss does not depend on its batch.
     Scratch: the partial sums, fp32 [N, splits], of images that one program does not hold.
     """
     arguments, elements = shared_arguments(student, target, distance, c, loop_format(student.F))
-    chosen = pinned("consistency_loss", "forward", arch, elements=elements)
-    block = min(chosen["block"], next_power_of_2(elements))
-    tiles = max(1, ceil_div(elements, block * MAX_SPLITS))
-    splits = max(1, ceil_div(elements, block * tiles))
-    num = len(loss_N)
-    outputs = {"weight_ptr": weight_N, "loss_ptr": loss_N, "squares_ptr": squares_N}
-    partial_NS = torch.empty(num, splits, device=loss_N.device) if splits > 1 else None
-    sizes = {"SPLITS": splits, "TILES": tiles, "BLOCK": block}
-    main = Launch(
-        loss_kernel, (num * splits,), {**arguments, **outputs, "partial_ptr": partial_NS, **sizes}, chosen["num_warps"]
-    )
+    split, num = split_image("forward", elements, arch), len(loss_N)
+    partial_NS = torch.empty(num, split.splits, device=loss_N.device) if split.splits > 1 else None
+    outputs = {"weight_ptr": weight_N, "loss_ptr": loss_N, "squares_ptr": squares_N, "partial_ptr": partial_NS}
+    main = split.launch(loss_kernel, num, arguments | outputs)
     if partial_NS is None:
         return [main]
-    split_block = next_power_of_2(splits)
-    rows = FINISH_TILE // split_block
     constants = {name: arguments[name] for name in ("SQUARED", "C", "C_SQUARED")}
-    sizes = {"num": num, "SPLITS": splits, "SPLIT_BLOCK": split_block, "ROWS": rows}
-    return [main, Launch(finish_kernel, (ceil_div(num, rows),), {"partial_ptr": partial_NS, **outputs, **constants, **sizes})]
+    return [main, split.finish(finish_kernel, num, outputs | constants)]

@@ -1,4 +1,4 @@
-"""``fastcm::consistency_loss`` and its backward op: what torch.compile sees, and the function in front of them."""
+"""``fastcm::consistency_loss``, its backward and its JVP: what torch.compile sees, and the functions in front of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from ..runtime.fallback import triton_or_reference
 from ..runtime.launch import run
 from ..runtime.pinned import architecture
 from . import derivatives
-from .derivatives import Denoiser, Gradients, Target
+from .derivatives import Denoiser, Gradients, Tangents, Target
 from .reference import check_options
 
 FLOATS_64 = (*FLOATS, torch.float64)
@@ -63,6 +63,40 @@ def consistency_loss(
     target = (clean, weight_N, F_r, x_r, c_skip_r, c_out_r, boundary_N)
     loss_N, _ = _loss(F_t, x_t, c_skip_t, c_out_t, *target, distance, float(c))
     return loss_N
+
+
+def consistency_loss_jvp(
+    F_t: Float[Tensor, "N C H W"],
+    x_t: Float[Tensor, "N C H W"],
+    c_skip_t: Float[Tensor, " N"],
+    c_out_t: Float[Tensor, " N"],
+    clean: Float[Tensor, "N C H W"],
+    weight_N: Float[Tensor, " N"],
+    *,
+    tF_t: Float[Tensor, "N C H W"] | None = None,
+    tx_t: Float[Tensor, "N C H W"] | None = None,
+    tweight_N: Float[Tensor, " N"] | None = None,
+    F_r: Float[Tensor, "N C H W"] | None = None,
+    x_r: Float[Tensor, "N C H W"] | None = None,
+    c_skip_r: Float[Tensor, " N"] | None = None,
+    c_out_r: Float[Tensor, " N"] | None = None,
+    boundary_N: Bool[Tensor, " N"] | None = None,
+    distance: str = "l2",
+    c: float = 0.0,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(loss, its tangent) of ``consistency_loss`` for the tangents tF_t, tx_t and tweight_N (None means 0), in one pass.
+
+    dL = w h(S) <v, c_out tF + c_skip tx> + tw d(S) with v = D_t - target and the slope h(S) = 2 d'(S), 0 at S = 0. The
+    target and the scalings have no tangent, and no gradient flows back. Arguments and errors are those of
+    ``consistency_loss``; a tangent has the shape of what it belongs to and any float dtype.
+    """
+    teacher = (F_r, x_r, c_skip_r, c_out_r)
+    check_arguments((F_t, x_t, c_skip_t, c_out_t), clean, weight_N, teacher, boundary_N, distance, c)
+    for name, value, like in (("tF_t", tF_t, F_t), ("tx_t", tx_t, F_t), ("tweight_N", tweight_N, weight_N)):
+        if value is not None:
+            check_tensor(name, value, shape=like.shape, dtypes=FLOATS_64, device=F_t.device)
+    target = (clean, weight_N, *teacher, boundary_N)
+    return _loss_jvp(tF_t, tx_t, tweight_N, F_t, x_t, c_skip_t, c_out_t, *target, distance, float(c))
 
 
 def check_arguments(
@@ -177,6 +211,51 @@ def _loss_backward(
 @_loss_backward.register_fake
 def _(grad: Tensor, squares: Tensor, F_t: Tensor, *others: Any) -> list[Tensor]:
     return [value for value in _gradients((F_t, *others[:-3]), others[-1]) if value is not None]
+
+
+@torch.library.custom_op("fastcm::consistency_loss_jvp", mutates_args=())
+def _loss_jvp(
+    tF: Tensor | None,
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    F_t: Tensor,
+    x_t: Tensor,
+    c_skip_t: Tensor,
+    c_out_t: Tensor,
+    clean: Tensor,
+    weight: Tensor,
+    F_r: Tensor | None,
+    x_r: Tensor | None,
+    c_skip_r: Tensor | None,
+    c_out_r: Tensor | None,
+    boundary: Tensor | None,
+    distance: str,
+    c: float,
+) -> tuple[Tensor, Tensor]:
+    parts = (F_t, x_t, c_skip_t, c_out_t, clean, weight, F_r, x_r, c_skip_r, c_out_r, boundary)
+    tangents = Tangents(tF, tx, tweight)
+    everything = (*parts, *tangents)
+
+    def plain() -> tuple[Tensor, Tensor]:
+        found = derivatives.jvp(tangents, *_grouped(parts, lambda value: value), distance, c)
+        return tuple(value.to(_work_dtype(everything)) for value in found)
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        from .jvp import jvp_launches
+
+        out = tuple(_vector(everything) for _ in range(2))
+        moved = Tangents(*(None if value is None else _readable(value) for value in tangents))
+        launches = jvp_launches(moved, *_grouped(parts, _readable), distance, c, *out, architecture(F_t.device))
+        run(launches, F_t.device)
+        return out
+
+    return _on_device(everything, kernel, plain)
+
+
+@_loss_jvp.register_fake
+def _(tF: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    everything = (*others[:-2], tF, tx, tweight)
+    return _vector(everything), _vector(everything)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -38,7 +38,7 @@ class Resources:
     stack_bytes: int
     shared_bytes: int
     num_warps: int
-    wide_loads: int  # global loads of 16 bytes
+    wide_loads: int  # global loads of 16 bytes or more
     global_loads: int
     matrix_instructions: int
     fp64_instructions: int
@@ -53,6 +53,17 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     return read_resources(compiled, launch.num_warps)
+
+
+def compile_distinct(launches: dict[str, Launch], capability: int) -> dict[str, Resources]:
+    """The resources of each launch by name; launches that differ in nothing that the compiler sees are compiled once."""
+    compiled, found = {}, {}
+    for name, launch in launches.items():
+        key = repr((launch.kernel, specialisation(launch), launch.options))
+        if key not in compiled:
+            compiled[key] = compile_launch(launch, capability)
+        found[name] = compiled[key]
+    return found
 
 
 def specialisation(launch: Launch):
@@ -92,22 +103,25 @@ def tool(name: str) -> str:
 
 
 def read_resources(compiled, num_warps: int) -> Resources:
-    """From the compiled binary: what the driver would report, and a look at its instructions."""
+    """What the driver would report of the compiled binary, and a look at the instructions it is assembled from.
+
+    Those are PTX: to take a binary apart would cost as much time as to compile it.
+    """
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = output(tool("cuobjdump"), "--dump-resource-usage", file.name)
-        sass = output(tool("nvdisasm"), "-c", file.name)
+    ptx = compiled.asm["ptx"]
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Resources(
         registers=registers,
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         num_warps=num_warps,
-        wide_loads=len(re.findall(r"\bLDG\.E\.\S*128|\bLDGSTS\.E\.\S*128", sass)),
-        global_loads=len(re.findall(r"\bLDG\.E|\bLDGSTS\.E", sass)),
-        matrix_instructions=len(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b", sass)),
-        fp64_instructions=len(re.findall(r"\.f64\b", compiled.asm["ptx"])),
+        wide_loads=len(re.findall(r"\bld\.global\S*\.v(?:4\.b32|2\.b64|8\.b32|4\.b64)|\bcp\.async\.cg\b.*, 0x10\b", ptx)),
+        global_loads=len(re.findall(r"\bld\.global\b|\bcp\.async\.c[ag]\b", ptx)),
+        matrix_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        fp64_instructions=len(re.findall(r"\.f64\b", ptx)),
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ahead_of_time.compiler import REGISTERS, Resources, check_resources, check_table, compile_launch
+from ahead_of_time.compiler import REGISTERS, Resources, check_resources, check_table, compile_distinct, compile_launch
 
 from fastcm.bench.shapes import SHAPE_SETS, GroupNormShape, kernel_calls
 from fastcm.kernels.group_norm.backward import backward_launches
@@ -67,40 +67,28 @@ def shapes():
     return sorted({shape for name in SHAPE_SETS for shape in kernel_calls(name) if isinstance(shape, GroupNormShape)})
 
 
-def kind(direction, shape, launch):
-    """Shapes of one kind share their code up to constants: the same tile and the same flags, however many tiles there are."""
-    arguments = launch.arguments
-    tile = f"{arguments['BLOCK_P']}x{arguments['SLAB']}/{arguments['BLOCK_C']}{' resident' if arguments['RESIDENT'] else ''}"
-    return direction, tile, shape.addend, shape.film, shape.dropout
-
-
-def most_demanding(shape):
-    """Of one kind the shape with activation and the most groups in its tile."""
-    return shape.silu, -shape.channels // shape.num_groups, shape.channels, shape.resolution
-
-
 def name_of(shape):
     flags = [flag for flag in ("addend", "film", "silu", "dropout") if getattr(shape, flag)]
     return " ".join([f"{shape.channels}ch/{shape.num_groups} {shape.resolution}x{shape.resolution}", *flags])
 
 
+def tile_of(launch):
+    arguments = launch.arguments
+    tile = f"{arguments['BLOCK_P']}x{arguments['SLAB']}/{arguments['BLOCK_C']}"
+    return f"{tile} resident" if arguments["RESIDENT"] else tile
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_every_shape_of_the_networks(capability):
-    kinds, names = {}, {}
-    for direction in DIRECTIONS:
-        for shape in shapes():
-            launch = launches(direction, shape, f"sm{capability}")[0]
-            key = kind(direction, shape, launch)
-            names[f"{direction} {name_of(shape)}"] = key
-            if key not in kinds or most_demanding(shape) > most_demanding(kinds[key][0]):
-                kinds[key] = (shape, launch)
-    compiled = {key: Row(key[1], compile_launch(launch, capability)) for key, (_, launch) in kinds.items()}
-    for row in compiled.values():
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_shape_of_the_networks(direction, capability):
+    chosen = {name_of(shape): launches(direction, shape, f"sm{capability}")[0] for shape in shapes()}
+    rows = {name: Row(tile_of(chosen[name]), found) for name, found in compile_distinct(chosen, capability).items()}
+    for row in rows.values():
         check_resources(row.resources, capability, matrix=False)
         assert row.blocks >= 2, row
         assert row.resources.shared_bytes <= 16 * 1024, f"a tile goes through shared memory: {row}"
-    check_table(f"group_norm_sm{capability}", {name: compiled[key] for name, key in names.items()})
+    check_table(f"group_norm_{direction}_sm{capability}", rows)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -120,8 +108,8 @@ def test_slices_of_channels_are_read_in_wide_loads(direction):
     assert found[0].wide_loads == found[1].wide_loads
 
 
-@pytest.mark.parametrize("film", [False, True])
-def test_the_sum_over_samples(film):
-    shape = GroupNormShape(384, 32, 32, addend=False, film=film, silu=True, dropout=True)
-    (_, launch) = launches("backward", shape, "sm90")
-    check_resources(compile_launch(launch, 90), 90, matrix=False, wide=False)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_sum_over_samples_at_every_shape(capability):
+    sums = {name_of(shape): launches("backward", shape, f"sm{capability}")[1] for shape in shapes()}
+    for resources in compile_distinct(sums, capability).values():
+        check_resources(resources, capability, matrix=False, wide=False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ahead_of_time.compiler import check_resources, check_table, compile_launch
+from ahead_of_time.compiler import check_resources, check_table, compile_distinct, compile_launch
 
 from fastcm.bench.shapes import SHAPE_SETS
 from fastcm.kernels.noise import NoisedInputs
@@ -26,11 +26,15 @@ def launch(arch, shape, dtype, *, pair=True, given=False, memory_format=torch.ch
     return found
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KINDS = {"ect": {}, "edm": {"pair": False}}
 CASES = {
-    "ect_ddpmpp32_bf16": (IMAGES["ddpmpp32"], torch.bfloat16, {}),
-    "ect_ddpmpp32_fp32": (IMAGES["ddpmpp32"], torch.float32, {}),
-    "ect_adm64_bf16": (IMAGES["adm64"], torch.bfloat16, {}),
-    "edm_adm64_fp16": (IMAGES["adm64"], torch.float16, {"pair": False}),
+    f"{kind}_{name}_{dtype}": (shape, DTYPES[dtype], options)
+    for kind, options in KINDS.items()
+    for name, shape in IMAGES.items()
+    for dtype in DTYPES
+}
+CASES |= {
     "ect_ddpmpp32_given": (IMAGES["ddpmpp32"], torch.bfloat16, {"given": True}),
     "ect_ddpmpp32_nchw": (IMAGES["ddpmpp32"], torch.bfloat16, {"memory_format": torch.contiguous_format}),
     "digits_bf16": ((1, 8, 8), torch.bfloat16, {}),
@@ -39,13 +43,12 @@ CASES = {
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_resources(capability):
-    rows = {}
-    for name, (shape, dtype, options) in CASES.items():
-        resources = compile_launch(launch(f"sm{capability}", shape, dtype, **options), capability)
+    launches = {name: launch(f"sm{capability}", *case[:2], **case[2]) for name, case in CASES.items()}
+    rows = compile_distinct(launches, capability)
+    for name, resources in rows.items():
         # A pixel of plain NCHW images is three loads of one element, and one of the digits has not 16 bytes per thread.
         check_resources(resources, capability, matrix=False, wide=name not in ("ect_ddpmpp32_nchw", "digits_bf16"))
         assert resources.registers * resources.num_warps * 32 <= 65536 // 2
-        rows[name] = resources
     check_table(f"noise_sm{capability}", rows)
 
 

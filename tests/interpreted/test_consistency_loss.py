@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from fastcm.kernels.consistency_loss import backward, consistency_loss, consistency_loss_reference, difference, forward
+from fastcm.kernels.consistency_loss import (
+    backward,
+    consistency_loss,
+    consistency_loss_jvp,
+    consistency_loss_reference,
+    derivatives,
+    difference,
+    split,
+)
+from fastcm.kernels.consistency_loss.derivatives import Denoiser, Tangents, Target
 from fastcm.random import Stream
 
 SHAPES = [(3, 5, 7), (1, 8, 8), (3, 16, 17), (2, 1, 3), (1, 1, 1)]
@@ -76,6 +85,61 @@ def test_loss_and_gradients_with_a_teacher(shape, distance, c):
     assert_close(by_kernel(student, teacher, **options), in_fp64(student, teacher)(**options))
 
 
+def tangents_like(student):
+    index = torch.arange(len(student[0]))
+    moved = [Stream(1, name).image_normal(index, student[0].shape[1:]) for name in ("tF_t", "tx_t")]
+    moved.append(Stream(1, "tweight").normal(index))
+    return {name: value.to(student[place].dtype) for name, place, value in zip(TANGENTS, (0, 1, 5), moved, strict=True)}
+
+
+TANGENTS = ("tF_t", "tx_t", "tweight_N")
+
+
+def check_jvp(student, teacher, tangents, distance="l2", c=0.0):
+    """Loss and tangent of the kernel, after comparing them with the closed form in fp64."""
+    found = consistency_loss_jvp(*student, **teacher, **tangents, distance=distance, c=c)
+
+    def double(value):
+        return value.double() if value is not None and value.is_floating_point() else value
+
+    at_t, weight = Denoiser(*map(double, student[:4])), double(student[5])
+    at_r = Denoiser(*(double(teacher[name]) for name in ("F_r", "x_r", "c_skip_r", "c_out_r"))) if teacher else None
+    target = Target(double(student[4]), at_r, teacher.get("boundary_N"))
+    moved = Tangents(*(double(tangents.get(name)) for name in TANGENTS))
+    expected = derivatives.jvp(moved, at_t, target, weight, distance, c)
+    # Terms of both signs may cancel: the rounding is that of their sizes, |v| |tD| <= |v| (c_out |tF| + c_skip |tx|).
+    squares = derivatives.difference(at_t, target).square().flatten(1).sum(1)
+    along = [
+        scaling * tangent.flatten(1).norm(dim=1)
+        for scaling, tangent in zip(at_t[3:1:-1], moved, strict=False)
+        if tangent is not None
+    ]
+    size = weight * derivatives.slope(squares, distance, c) * squares.sqrt() * sum(along) + expected[1].abs()
+    assert [value.dtype for value in found] == [torch.float32] * 2
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=2e-6, atol=1e-12)
+    assert ((found[1] - expected[1]).abs() <= 1e-6 * size + 1e-12).all()
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("distance", "c"), OPTIONS)
+def test_tangents_with_a_teacher(shape, distance, c):
+    student, teacher = inputs(shape)
+    _, tangent = check_jvp(student, teacher, tangents_like(student), distance, c)
+    assert tangent.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", [("tF_t",), ("tx_t",), ("tweight_N",), ("tF_t", "tweight_N"), ()])
+def test_each_tangent_alone_and_every_target(dtype, given):
+    student, teacher = inputs((3, 4, 6), dtype)
+    rows = [value[2:] for value in student], {name: value[2:] for name, value in teacher.items()}
+    for arguments in ((student, teacher), (rows[0], rows[1] | {"boundary_N": None}), (rows[0], {})):
+        tangents = {name: value for name, value in tangents_like(arguments[0]).items() if name in given}
+        _, tangent = check_jvp(*arguments, tangents)
+        assert tangent.any() or not given
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", ["teacher", "no boundary", "clean"])
 def test_low_precision_networks_and_every_target(dtype, target):
@@ -113,14 +177,18 @@ def test_every_image_may_have_a_memory_of_its_own(of_F, of_others):
     assert_close(found, in_fp64(student, teacher)())
     expected = torch.contiguous_format if of_F == "nchw" else torch.channels_last
     assert all(gradient.is_contiguous(memory_format=expected) for gradient in found[1:3])
+    tangents = tangents_like(student)
+    elsewhere = tangents | {"tF_t": memories(tangents["tF_t"])[of_others], "tx_t": memories(tangents["tx_t"])[of_F]}
+    dense, apart = (check_jvp(student, teacher, moved)[1] for moved in (tangents, elsewhere))
+    assert torch.equal(dense, apart)
 
 
 @pytest.fixture(params=[(16, 1024), (16, 3)], ids=["split", "split with several tiles"])
 def _small_programs(request, monkeypatch):
     block, splits = request.param
-    for module in (forward, backward):
+    for module in (split, backward):
         monkeypatch.setattr(module, "pinned", lambda *_, **__: {"block": block, "num_warps": 1})
-    monkeypatch.setattr(forward, "MAX_SPLITS", splits)
+    monkeypatch.setattr(split, "MAX_SPLITS", splits)
 
 
 @pytest.mark.usefixtures("_small_programs")
@@ -130,11 +198,13 @@ def test_an_image_of_several_programs(distance, c, shape):
     student, teacher = inputs(shape)
     options = {"distance": distance, "c": c}
     assert_close(by_kernel(student, teacher, **options), in_fp64(student, teacher)(**options))
+    check_jvp(student, teacher, tangents_like(student), **options)
 
 
 def test_a_large_image_is_split_as_pinned():
     student, teacher = inputs((3, 64, 64), num=2)
     assert_close(by_kernel(student, teacher), in_fp64(student, teacher)())
+    check_jvp(student, teacher, tangents_like(student))
 
 
 @pytest.mark.usefixtures("_small_programs")
@@ -144,6 +214,10 @@ def test_a_loss_does_not_depend_on_its_batch():
     alone = by_kernel([value[2:3] for value in student], {name: value[2:3] for name, value in teacher.items()})
     assert torch.equal(alone[0], whole[0][2:3])
     assert torch.equal(alone[1] / NUM, whole[1][2:3])
+    tangents = tangents_like(student)
+    alone = [value[2:3] for value in student], {name: value[2:3] for name, value in (teacher | tangents).items()}
+    found = consistency_loss_jvp(*student, **teacher, **tangents), consistency_loss_jvp(*alone[0], **alone[1])
+    assert all(torch.equal(one[2:3], other) for one, other in zip(*found, strict=True))
 
 
 def test_rows_of_the_teacher_under_the_boundary_are_never_read(monkeypatch):
@@ -171,6 +245,9 @@ def test_value_and_gradients_are_zero_at_zero_distance(distance, c):
     teacher |= {"c_skip_r": c_skip, "c_out_r": c_out, "F_r": F_t, "x_r": x_t, "boundary_N": None}
     for gradient in by_kernel([F_t, x_t, c_skip, c_out, x_t, weight], teacher, distance=distance, c=c):
         assert torch.equal(gradient, torch.zeros_like(gradient))
+    student = [F_t, x_t, c_skip, c_out, x_t, weight]
+    for value in consistency_loss_jvp(*student, **teacher, **tangents_like(student), distance=distance, c=c):
+        assert torch.equal(value, torch.zeros(NUM))
 
 
 def test_a_sum_below_the_normal_numbers_counts_as_zero():
@@ -203,6 +280,11 @@ def test_a_nan_stays_a_nan_of_its_own_sample(distance, c):
     assert grad_weight.isnan().tolist() == [True, False, True, False]
     for broken, whole in zip((loss, grad_F, grad_x, grad_weight), healthy, strict=True):
         assert torch.equal(broken[[1, 3]], whole[[1, 3]])
+    tangents = tangents_like(student)
+    tangents["tx_t"][3, 0, 1, 1] = math.nan
+    loss, tangent = consistency_loss_jvp(*student, **teacher, **tangents, distance=distance, c=c)
+    assert loss.isnan().tolist() == [True, False, True, False]
+    assert tangent.isnan().tolist() == [True, False, True, True]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -215,6 +297,8 @@ def test_an_overflow_is_no_gradient_of_zero(distance, c):
     assert loss.isfinite().tolist() == [True, True, True, False]
     assert grad_F[3].isnan().all()
     assert grad_F[:3].isfinite().all()
+    _, tangent = consistency_loss_jvp(*student, **teacher, **tangents_like(student), distance=distance, c=c)
+    assert tangent.isfinite().tolist() == [True, True, True, False]
 
 
 def test_pseudo_huber_keeps_its_digits_at_small_distances():
@@ -267,3 +351,4 @@ def test_no_images_at_all():
     loss, grad_F, _, grad_weight = by_kernel(student, teacher)
     assert loss.shape == grad_weight.shape == (0,)
     assert grad_F.shape == (0, 3, 5, 7)
+    assert [value.shape for value in consistency_loss_jvp(*student, **teacher, **tangents_like(student))] == [(0,), (0,)]

@@ -10,7 +10,6 @@ from torch.autograd import forward_ad, gradcheck
 from fastcm.diffusion.preconditioners import EDM, EDMBoundary
 from fastcm.kernels.consistency_loss import consistency_loss as loss_of
 from fastcm.kernels.consistency_loss import consistency_loss_jvp, consistency_loss_reference, cost, derivatives
-from fastcm.kernels.consistency_loss.derivatives import Gradients
 from fastcm.kernels.consistency_loss.forward_ad import consistency_loss as loss_with_forward_ad
 from fastcm.random import Stream
 
@@ -89,18 +88,27 @@ def test_gradients_are_those_of_the_reference(distance, c):
 BOTH = (loss_of, consistency_loss_reference)
 
 
+def tangents_like(student):
+    """Tangents of the leaves, in their dtypes."""
+    moved = [Stream(1, "tangent").normal(torch.arange(4), student[0].shape[1:], draw) for draw in (0, 1)] + [student[3] - 0.5]
+    return {name: value.to(student[place].dtype) for name, place, value in zip(TANGENTS, LEAVES, moved, strict=True)}
+
+
+TANGENTS = ("tF_t", "tx_t", "tweight_N")
+
+
 @forward_mode
 @pytest.mark.parametrize(("distance", "c"), OPTIONS)
 def test_tangent_is_that_of_the_references_forward_mode(distance, c):
     student, teacher = inputs()
-    tangents = Gradients(*(Stream(1, "tangent").normal(torch.arange(4), SHAPE, draw).double() for draw in (0, 1)), student[3])
+    tangents = tangents_like(student)
     options = {"distance": distance, "c": c}
     with forward_ad.dual_level():
         dual = list(student)
-        for place, tangent in zip(LEAVES, tangents, strict=True):
+        for place, tangent in zip(LEAVES, tangents.values(), strict=True):
             dual[place] = forward_ad.make_dual(student[place], tangent)
         expected = forward_ad.unpack_dual(consistency_loss_reference(*dual, **teacher, **options)).tangent
-    loss, tangent = consistency_loss_jvp(tangents, *student, **teacher, **options)
+    loss, tangent = consistency_loss_jvp(*student, **tangents, **teacher, **options)
     torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=0)
     assert torch.equal(loss, loss_of(*student, **teacher, **options))
 
@@ -108,7 +116,7 @@ def test_tangent_is_that_of_the_references_forward_mode(distance, c):
         return loss_with_forward_ad(F_t, x_t, *student[2:5], weight, **teacher, **options)
 
     primals = tuple(student[place] for place in LEAVES)
-    _, pushed = torch.func.jvp(of_leaves, primals, tuple(tangents))
+    _, pushed = torch.func.jvp(of_leaves, primals, tuple(tangents.values()))
     torch.testing.assert_close(pushed, expected, rtol=1e-12, atol=0)
     assert gradcheck(of_leaves, [primal.detach().requires_grad_() for primal in primals], check_forward_ad=True)
 
@@ -117,20 +125,30 @@ def test_tangent_is_that_of_the_references_forward_mode(distance, c):
 def test_tangents_and_gradients_are_transposes_of_each_other(distance, c):
     student, teacher = inputs()
     options = {"distance": distance, "c": c}
-    tangents = Gradients(*(Stream(1, "tangent").normal(torch.arange(4), SHAPE, draw).double() for draw in (0, 1)), student[2])
-    _, pushed = consistency_loss_jvp(tangents, *student, **teacher, **options)
+    tangents = tangents_like(student)
+    _, pushed = consistency_loss_jvp(*student, **tangents, **teacher, **options)
     _, *pulled = with_gradients(loss_of, student, teacher, **options)
-    inner = sum((tangent * gradient).sum() for tangent, gradient in zip(tangents, pulled, strict=True))
+    inner = sum((tangent * gradient).sum() for tangent, gradient in zip(tangents.values(), pulled, strict=True))
     torch.testing.assert_close(pushed.mean(), inner, rtol=1e-12, atol=0)
 
 
 def test_tangents_that_are_zero_may_be_left_out():
     student, teacher = inputs()
-    tangent = Stream(1, "tangent").normal(torch.arange(4), SHAPE).double()
-    zero = Gradients(tangent, torch.zeros_like(tangent), torch.zeros(4).double())
-    _, expected = consistency_loss_jvp(zero, *student, **teacher)
-    _, found = consistency_loss_jvp(Gradients(tangent, None, None), *student, **teacher)
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    for name, tangent in tangents_like(student).items():
+        others = {other: 0 * value for other, value in tangents_like(student).items() if other != name}
+        _, expected = consistency_loss_jvp(*student, **others, **{name: tangent}, **teacher)
+        _, found = consistency_loss_jvp(*student, **{name: tangent}, **teacher)
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    assert not consistency_loss_jvp(*student, **teacher)[1].any()
+
+
+def test_tangent_at_zero_distance_is_zero():
+    (F_t, x_t, c_skip, c_out, clean, weight), teacher = inputs(torch.float32)
+    teacher |= {"c_skip_r": c_skip, "c_out_r": c_out, "F_r": F_t, "x_r": x_t, "boundary_N": None}
+    student = (F_t, x_t, c_skip, c_out, clean, weight)
+    loss, tangent = consistency_loss_jvp(*student, **tangents_like(student), **teacher)
+    assert torch.equal(loss, torch.zeros(4))
+    assert torch.equal(tangent, torch.zeros(4))
 
 
 @pytest.mark.parametrize(("distance", "c"), [("l2", 0.0), ("pseudo_huber", 0.03)])
@@ -244,6 +262,9 @@ def test_the_ops_are_registered_as_pytorch_wants_them(memory, with_teacher):
     backward = (torch.ones(4), torch.ones(4), *tensors)
     for needed in ([True, True, True], [True, False, False], [False, False, True]):
         torch.library.opcheck(torch.ops.fastcm.consistency_loss_backward.default, (*backward, needed))
+    tangents = (tensors[0], tensors[1].transpose(2, 3), tensors[5])
+    for given in (tangents, (tangents[0], None, None), (None, None, tangents[2])):
+        torch.library.opcheck(torch.ops.fastcm.consistency_loss_jvp.default, (*given, *tensors))
 
 
 @pytest.mark.parametrize("memory", range(4))
@@ -261,6 +282,16 @@ def test_one_compiled_graph_gives_the_same_loss_and_gradients(distance, c):
     student, teacher = inputs(torch.float32)
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     plain, graph = (with_gradients(f, student, teacher, distance=distance, c=c) for f in (loss_of, compiled))
+    assert all(torch.equal(one, other) for one, other in zip(plain, graph, strict=True))
+
+
+@pytest.mark.parametrize(("distance", "c"), OPTIONS)
+def test_the_jvp_compiles_whole(distance, c):
+    student, teacher = inputs(torch.float32, network=torch.bfloat16)
+    compiled = torch.compile(consistency_loss_jvp, fullgraph=True, backend="aot_eager")
+    options = {"distance": distance, "c": c, **tangents_like(student)}
+    plain, graph = (function(*student, **teacher, **options) for function in (consistency_loss_jvp, compiled))
+    assert plain[1].dtype == torch.float32
     assert all(torch.equal(one, other) for one, other in zip(plain, graph, strict=True))
 
 
@@ -312,6 +343,33 @@ def test_impossible_tensors_are_named(message):
     arguments[place] = change(arguments[place])
     with pytest.raises(error, match=message.replace("(", r"\(").replace(")", r"\)")):
         inspect.unwrap(loss_of)(*student, **teacher)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("tF_t", lambda value: value[1:], ValueError, r"tF_t has shape \(3, 3, 5, 7\), expected \(4, 3, 5, 7\)"),
+        ("tx_t", lambda value: value.long(), TypeError, "tx_t has dtype int64"),
+        ("tweight_N", lambda value: value.to("meta"), ValueError, "tweight_N is on meta"),
+    ],
+)
+def test_impossible_tangents_are_named(name, change, error, message):
+    student, teacher = inputs(torch.float32)
+    tangents = tangents_like(student)
+    with pytest.raises(error, match=message):
+        inspect.unwrap(consistency_loss_jvp)(*student, **teacher, **tangents | {name: change(tangents[name])})
+
+
+@forward_mode
+@pytest.mark.parametrize("place", [2, 3])
+def test_a_tangent_of_the_scalings_is_refused_in_forward_mode_too(place):
+    student, teacher = inputs()
+
+    def of_scaling(scaling):
+        return loss_with_forward_ad(*student[:place], scaling, *student[place + 1 :], **teacher)
+
+    with pytest.raises(ValueError, match="c_skip_t or c_out_t has a forward-mode tangent"):
+        torch.func.jvp(of_scaling, (student[place],), (student[place],))
 
 
 @forward_mode

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastcm.kernels.consistency_loss import consistency_loss, consistency_loss_reference
+from fastcm.kernels.consistency_loss import consistency_loss, consistency_loss_jvp, consistency_loss_reference, derivatives
+from fastcm.kernels.consistency_loss.derivatives import Denoiser, Tangents, Target
 from fastcm.kernels.runtime.fallback import failures, set_strict
 from fastcm.random import Stream
 
@@ -76,6 +77,64 @@ def test_errors_are_at_most_twice_those_of_pytorch(shape, dtype, layout):
             assert kernel.dtype == baseline.dtype
             error, allowed = (kernel - truth).abs().max(), (baseline - truth).abs().max()
             assert error <= 2 * allowed + 2e-6 * truth.abs().max()
+
+
+def tangents_like(student):
+    index = torch.arange(len(student[0]), device="cuda")
+    moved = [Stream(1, name).image_normal(index, student[0].shape[1:]) for name in ("tF_t", "tx_t")]
+    moved.append(Stream(1, "tweight").normal(index))
+    return {name: value.to(student[place].dtype) for name, place, value in zip(TANGENTS, LEAVES, moved, strict=True)}
+
+
+TANGENTS = ("tF_t", "tx_t", "tweight_N")
+
+
+def jvp_in_closed_form(student, teacher, tangents, cast=lambda value: value, **options):
+    student, moved = [cast(value) for value in student], Tangents(*(cast(tangents[name]) for name in TANGENTS))
+    at_r = Denoiser(*(cast(teacher[name]) for name in ("F_r", "x_r", "c_skip_r", "c_out_r")))
+    target = Target(student[4], at_r, teacher["boundary_N"])
+    return derivatives.jvp(moved, Denoiser(*student[:4]), target, student[5], options["distance"], options["c"])
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "nchw", "slice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_errors_of_the_tangent_are_at_most_twice_those_of_pytorch(shape, dtype, layout):
+    student, teacher = inputs(shape, dtype, layout)
+    tangents = tangents_like(student)
+    for distance, c in OPTIONS:
+        options = {"distance": distance, "c": c}
+        exact = jvp_in_closed_form(student, teacher, tangents, double, **options)
+        plain = jvp_in_closed_form(student, teacher, tangents, **options)
+        found = consistency_loss_jvp(*student, **teacher, **tangents, **options)
+        for kernel, baseline, truth in zip(found, plain, exact, strict=True):
+            assert kernel.dtype == torch.float32
+            error, allowed = (kernel - truth).abs().max(), (baseline - truth).abs().max()
+            assert error <= 2 * allowed + 2e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tangent_does_not_depend_on_its_batch(shape):
+    student, teacher = inputs(shape)
+    named = teacher | tangents_like(student)
+    whole, again = (consistency_loss_jvp(*student, **named) for _ in range(2))
+    alone = consistency_loss_jvp(*(value[:1] for value in student), **{name: value[:1] for name, value in named.items()})
+    assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
+    assert all(torch.equal(one[:1], other) for one, other in zip(whole, alone, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_one_cuda_graph_and_one_compiled_graph_of_the_tangent(shape):
+    student, teacher = inputs(shape)
+    named = teacher | tangents_like(student)
+    expected = consistency_loss_jvp(*student, **named)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = consistency_loss_jvp(*student, **named)
+    graph.replay()
+    compiled = torch.compile(consistency_loss_jvp, fullgraph=True)(*student, **named)
+    for results in (found, compiled):
+        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

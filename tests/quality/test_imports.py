@@ -91,6 +91,40 @@ def test_an_upward_import_is_noticed(text):
     assert upward_imports(source_of(text, "fastcm/diffusion/example.py"))
 
 
+# What lies below the ops and is none: random numbers, launching, fallbacks.
+SHARED_KERNELS = {"philox", "runtime"}
+# The door to the ops, and what measures their implementations one by one.
+INSIDERS = {"kernels", "ops", "bench"}
+
+
+def imports_past_the_door(source: Source) -> list[str]:
+    """Imports of an op's own folder by what should call it through ``fastcm.ops``."""
+    if part_of(source.module) in INSIDERS:
+        return []
+    words = [name.split(".") for name in imported_modules(source)]
+    past = [name for name in words if name[:2] == ["fastcm", "kernels"] and not SHARED_KERNELS.intersection(name[2:3])]
+    return [f"{source.path} imports {'.'.join(name)}" for name in past]
+
+
+def test_ops_is_the_one_door_to_the_kernels():
+    assert [line for source in sources("fastcm") for line in imports_past_the_door(source)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_past"),
+    [
+        ("from fastcm.kernels.consistency_loss import DISTANCES", True),
+        ("from fastcm.kernels.consistency_loss.reference import distance_of", True),
+        ("def f():\n    from fastcm.kernels import noise", True),
+        ("from fastcm import kernels", True),
+        ("from fastcm.kernels.philox import PhiloxKey", False),
+        ("from fastcm import ops", False),
+    ],
+)
+def test_an_import_past_the_door_is_noticed(text, is_past):
+    assert bool(imports_past_the_door(source_of(text, "fastcm/objectives/example.py"))) == is_past
+
+
 def test_exceptions_are_still_needed():
     pairs = {(part_of(source.module), part_of(name)) for source in sources("fastcm") for name in imported_modules(source)}
     assert set(EXCEPTIONS) <= pairs
