@@ -160,6 +160,28 @@ def test_file_in_the_way_is_a_clear_error(fastcm_cli, tmp_path, bundle):
     assert "cannot write afile/x.png" in failed.stderr
 
 
+OUTPUTS = [
+    ["sample", "nowhere", "--out", "{}/taken.png"],
+    ["sample", "nowhere", "--out", "{}/file"],
+    ["sample", "nowhere", "--out", "{}/file/grid.png"],
+    ["likelihood", "nowhere", "--json", "{}/taken.png"],
+    ["bench", "kernels", "--json", "{}/file/rows.json"],
+    ["convert", "nowhere", "{}/taken.png"],
+    ["ema", "nowhere", "--std", "0.1", "--out", "{}/taken.png"],
+]
+
+
+@pytest.mark.parametrize("arguments", OUTPUTS, ids=lambda arguments: " ".join(arguments))
+def test_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, arguments):
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SystemExit) as ended:
+        main([argument.format(tmp_path) for argument in arguments])
+    assert ended.value.code == 3
+    assert "cannot write" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from fastcm.cli.group import cli
+from fastcm.cli.paths import PATH, OutputFile
 from fastcm.errors import FastcmError
 
 
@@ -49,8 +50,8 @@ DEVICE = click.option("--device", default="auto", show_default=True, type=click.
 @PASS
 @click.option("--backend", "backends", multiple=True, help="Repeat for more; default all that suit the device.")
 @click.option("--budget", default=0.1, show_default=True, type=click.FloatRange(0), help="Seconds per measurement.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows.")
-@click.option("--compare", type=click.Path(path_type=Path), help="An earlier --json; what became slower: exit code 1.")
+@click.option("--json", "file", type=OutputFile(), help="Write the rows.")
+@click.option("--compare", type=PATH, help="An earlier --json; what became slower: exit code 1.")
 @click.option("--fail-over", default=5.0, show_default=True, type=click.FloatRange(0), help="Percent that count as slower.")
 @click.option("--dry-run", is_flag=True, help="Print shapes, calls, bytes, FLOPs and floors; measure nothing.")
 @DEVICE

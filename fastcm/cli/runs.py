@@ -6,12 +6,13 @@ from pathlib import Path
 import click
 
 from fastcm.cli.group import cli
+from fastcm.cli.paths import PATH, OutputFile
 
 
 @cli.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder; default runs/<config name>.")
+@click.option("--out", type=PATH, help="Run folder; default runs/<config name>.")
 @click.option("--dry-run", is_flag=True, help="Check the configuration, print it as resolved, and stop.")
 def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
     """Train CONFIG, a shipped name or a YAML file; the same command resumes an interrupted run.
@@ -43,7 +44,7 @@ def train(config: str, overrides: tuple[str, ...], out: Path | None, dry_run: bo
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1))
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def evaluate(model: Path, seed: int, device: str) -> None:
@@ -63,11 +64,11 @@ def evaluate(model: Path, seed: int, device: str) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--std", "stds", multiple=True, required=True, type=float, help="Relative width, 0.05 for 5 %; repeat for more.")
 @click.option("--images", type=click.IntRange(1), help="Images of the phase at its end; default those of the last snapshot.")
 @click.option("--phase", default="", help="Whose snapshots; default the last phase that has some.")
-@click.option("--out", type=click.Path(path_type=Path), help="The bundle; default RUN/<phase>-ema.safetensors.")
+@click.option("--out", type=OutputFile(), help="The bundle; default RUN/<phase>-ema.safetensors.")
 @click.option("--skip-damaged", is_flag=True, help="Leave out snapshots that are damaged or of another run.")
 def ema(run: Path, stds: tuple[float, ...], images: int | None, phase: str, out: Path | None, skip_damaged: bool) -> None:
     """Build weight averages of any length from the EMA snapshots in the folder RUN.
@@ -85,7 +86,7 @@ def ema(run: Path, stds: tuple[float, ...], images: int | None, phase: str, out:
 
 
 @cli.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=PATH)
 def info(model: Path | None) -> None:
     """Describe MODEL, or without one this installation: versions, devices, kernel backends, configurations."""
     from fastcm.info import describe_installation, describe_model

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from fastcm.cli.group import cli
+from fastcm.cli.paths import PATH, OutputFile
 
-PATH = click.Path(path_type=Path)
 MODES = ["uniform", "truncated_normal", "none"]
 PARAMETERS = (
     click.argument("model", type=PATH),
@@ -39,7 +39,7 @@ PARAMETERS = (
     click.option("--ema", default="", help="Weight average to use, or 'net' for the raw weights; default the first average."),
     click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1)),
     click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])),
-    click.option("--json", "file", type=PATH, help="Write everything, image by image."),
+    click.option("--json", "file", type=OutputFile(), help="Write everything, image by image."),
 )
 
 
@@ -49,7 +49,7 @@ def likelihood_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option(
     "--steps",
     type=click.IntRange(1),
@@ -63,7 +63,7 @@ def likelihood_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--out",
     default="samples.png",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A .png grid, an .npz, or a folder.",
 )
 @click.option("--label", type=click.IntRange(0, 100_000), help="Class of every image; default a random one.")

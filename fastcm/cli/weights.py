@@ -5,14 +5,15 @@ from pathlib import Path
 import click
 
 from fastcm.cli.group import cli
+from fastcm.cli.paths import PATH, OutputFile
 
 SAMPLERS = ["heun", "euler", "consistency", "trajectory"]
 EXPORTS = ["hf", "diffusers", "safetensors", "edm", "openai", "edm2"]
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
+@click.argument("dst", type=PATH)
 @click.option("--format", "layout", required=True, type=click.Choice(EXPORTS))
 @click.option("--ema", default="", help="Weight average to write, or 'net' for the raw weights; default the first average.")
 def export(model: Path, dst: Path, layout: str, ema: str) -> None:
@@ -39,8 +40,8 @@ def _list_presets(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 
 @cli.command()
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("src", type=PATH)
+@click.argument("dst", type=OutputFile())
 @click.option("--preset", default="", help="What the authors of a published file say of it, see --list-presets.")
 @click.option("--list-presets", is_flag=True, is_eager=True, expose_value=False, callback=_list_presets, help="List them.")
 @click.option("--weights", help="ema, net, or the width of an average, such as 0.1; default ema where there is one.")

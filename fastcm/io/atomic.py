@@ -17,8 +17,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     On any failure the temporary file is removed and ``path`` keeps its former content.
     Raises CheckpointError where the file system refuses (disk full, no permission).
     """
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"cannot write {path}: it is there already and is no file; choose another destination")
+    check_place(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +30,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raise CheckpointError where no file can come to be at ``path``: something else is there, or no folder that takes one."""
+    if os.path.exists(path) and not os.path.isfile(path):  # unlike those of a Path, these do not raise
+        raise CheckpointError(f"cannot write {path}: it is there already and is no file; choose another destination")
+    place = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not os.path.isdir(place):
+        raise CheckpointError(f"cannot write {path}: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {path}: nothing may be written to the folder {place}")
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastcm.errors import ConfigError
-from fastcm.io.atomic import atomic_path, atomic_write
+from fastcm.io.atomic import atomic_path, atomic_write, check_place
 
 MIN_CELL = 32  # pixels; smaller images are enlarged, so that a person can see them
 LINE = 2  # pixels between the images of a grid
@@ -57,10 +57,14 @@ def save_side_by_side(path: Path, sets: list[np.ndarray], columns: int) -> None:
 
 
 def check_destination(path: Path) -> str:
-    """ ".png", ".npz" or "" (a folder), as the path asks for; raises ConfigError for another suffix."""
+    """ ".png", ".npz" or "" (a folder), as the path asks for.
+
+    Raises ConfigError for another suffix, CheckpointError where nothing can be written to that path.
+    """
     form = path.suffix.lower()
     if form not in (".png", ".npz", ""):
         raise ConfigError(f"cannot write images to {path}: give a .png (grid), a .npz, or a folder name without suffix")
+    check_place(path if form else path / "000000.png")
     return form
 
 
