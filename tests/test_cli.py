@@ -364,13 +364,14 @@ CHECKED = [
     ("digits", "network={family: bundle}", 2, "network.family is 'bundle', but phases.pretrain.init names no bundle"),
     ("digits", "phases.tune.init=tests", 3, "no model.safetensors in this folder"),
     ("cd_cifar10", "features.lpips=nowhere.pth", 3, "features.lpips: there is no file 'nowhere.pth'"),
-    ("cd_imagenet64", "features.lpips=", 2, "the distance lpips needs weights; set features.lpips"),
+    ("cd_imagenet64", "features.lpips=''", 2, "the distance lpips needs weights; set features.lpips"),
     ("edm_imagenet64", "data.path=README.md", 3, "README.md"),
-    ("edm_imagenet64", "data.path=", 2, "data.path is empty"),
+    ("edm_imagenet64", "data.path=''", 2, "data.path is empty"),
     ("digits", "data.resolution=16", 3, "images are 8x8 grey, expected 16x16"),
     ("digits", "data.resolution=-1", 2, "data.resolution: Input should be greater than or equal to 0"),
     ("digits", "network.overrides.resample_filter=[]", 2, "the taps of a filter must not sum to 0"),
     ("digits", "network.overrides.resample_filter=[1,-1]", 2, "the taps of a filter must not sum to 0"),
+    ("smoke_cifar10", "data.resolution=64", 3, "CIFAR-10: images are 32x32, but data.resolution is 64"),
     ("digits", "compute.device=cpu compute.cuda_graph=on", 2, "compute.cuda_graph is 'on', but a CPU has no graphs"),
 ]
 

@@ -65,8 +65,9 @@ def test_hash_changes_with_any_value():
         ("seed", "expected key.path=value"),
         ("seed=[1", "not valid YAML"),
         ("phases.tune.optimizer.lr=.inf", "finite"),
-        ("phases.tun=null", "override 'phases.tun=null': there is nothing to remove; here stand pretrain, tune"),
+        ("phases.tun=null", "phases.tun: Input should be a valid dictionary"),
         ("phases.tune.optimizer.kind.x=null", "override 'phases.tune.optimizer.kind.x=null'"),
+        ("phases.tune.optimizer.lr=", "override 'phases.tune.optimizer.lr=': give a value, null to remove"),
     ],
 )
 def test_wrong_override_is_explained(override, expected):
@@ -108,6 +109,10 @@ def test_null_on_the_command_line_removes_a_phase_and_a_value():
     config = load_config("digits", ["phases.tune=null", "phases.pretrain.batch_size=null"])
     assert list(config.phases) == ["pretrain"]
     assert config.phases["pretrain"].batch_size == 128
+
+
+def test_null_for_an_option_that_is_off_anyway_changes_nothing():
+    assert load_config("ctm_digits", ["phases.distill.objective.gan=null"]) == load_config("ctm_digits")
 
 
 def test_base_of_a_base_is_refused(tmp_path):

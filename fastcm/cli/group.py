@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import click
@@ -29,10 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: unfinished files are removed
     try:
-        cli.main(arguments, prog_name="fastcm", standalone_mode=False)
+        with _unwinding():
+            cli.main(arguments, prog_name="fastcm", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
@@ -45,6 +46,19 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         code = _exit_code(error)
         _fail(f"unexpected {type(error).__name__}: {error}" if code is None else str(error), code or 1)
+
+
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """Have SIGTERM end the block as an exception does, so that unfinished files are removed; the exit code stays 128 + 15."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _exit_code(error: Exception) -> int | None:

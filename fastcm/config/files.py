@@ -121,6 +121,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override '{override}': expected key.path=value")
+    if not text.strip():  # perhaps a variable of the shell that is not set
+        raise ConfigError(f"override '{override}': give a value, null to remove what is there, or '' for an empty text")
     *sections, key = path.split(".")
     for section in sections:
         data = data.setdefault(section, {})
@@ -130,7 +132,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': not valid YAML: {' '.join(str(error).split())}") from None
-    if value is not None:
+    if value is None and key in data:
+        del data[key]
+    else:  # null for a key that is not there is for its type to judge
         data[key] = value
-    elif data.pop(key, None) is None:
-        raise ConfigError(f"override '{override}': there is nothing to remove; here stand {', '.join(data) or 'no keys'}")

@@ -74,7 +74,7 @@ def convert(source: str | Path, file: str | Path, options: Options | None = None
     with _naming(source):
         if source.is_dir():
             return _convert_folder(source, file, options, preset)
-        if source.name in (INDEX, WEIGHTS, CONFIG_FILE, WEIGHTS_FILE) and _known_folder(source.parent):
+        if source.name in (INDEX, WEIGHTS, CONFIG_FILE, WEIGHTS_FILE) and _lies_in_known_folder(source):
             raise CheckpointError(f"only all files of its folder tell the model: give the folder itself, {source.parent}")
         weights = read_source(source, options.weights)
         return _convert_file(source, file, weights, recognize(weights, options, chosen))
@@ -138,6 +138,14 @@ def _folder_kind(folder: Path) -> str:
     if (folder / WEIGHTS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
         raise CheckpointError("it is a run folder of fastcm: there is nothing to convert; load it as it is")
     raise CheckpointError(f"no {INDEX}, {UNET} or {CONFIG_FILE} of a known model is in this folder")
+
+
+def _lies_in_known_folder(file: Path) -> bool:
+    """Whether it is part of a folder of another library; a config.json of anybody else's says nothing of the file."""
+    try:
+        return bool(_known_folder(file.parent))
+    except CheckpointError:
+        return False
 
 
 def _known_folder(folder: Path) -> str:

@@ -89,7 +89,7 @@ class Block(nn.Module):
         self, h: Float[Tensor, "N C2 H2 W2"], shortcut_NCHW: Float[Tensor, "N C2 H2 W2"]
     ) -> Float[Tensor, "N C2 H2 W2"]:
         """The block's output of what ``first_half`` returns; depends on no condition."""
-        return self._attend(self._joined(self.conv1(h), shortcut_NCHW))
+        return self._attend(self._scale(self.conv1(h) + shortcut_NCHW))
 
     @property
     def affine_bias(self) -> Tensor:
@@ -107,11 +107,10 @@ class Block(nn.Module):
         if not self.num_heads:
             return x_NCHW
         attended = ops.attention(self.qkv(self.norm2(x_NCHW)), self.num_heads)
-        return self._joined(self.proj(attended), x_NCHW)
+        return self._scale(self.proj(attended) + x_NCHW)
 
-    def _joined(self, branch_NCHW: Tensor, shortcut_NCHW: Tensor) -> Tensor:
-        """Their scaled sum, in the memory of the branch, which no one else needs."""
-        sum_NCHW = branch_NCHW.add_(shortcut_NCHW)
+    def _scale(self, sum_NCHW: Tensor) -> Tensor:
+        """In place: no one else needs the sum of a branch and its shortcut."""
         return sum_NCHW if self.skip_scale == 1 else sum_NCHW.mul_(self.skip_scale)
 
 

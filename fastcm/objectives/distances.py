@@ -51,8 +51,9 @@ def weighted_distance(
 
     c: of "pseudo_huber"; the other arguments and the errors are those of ``image_distance``.
     """
+    y_NCHW = y_NCHW.detach()
     if distance not in ops.DISTANCES:
-        return weight_N * image_distance(distance, x_NCHW, y_NCHW.detach(), perceptual, index_N)
-    one_N = torch.ones_like(weight_N)
+        return weight_N * image_distance(distance, x_NCHW, y_NCHW, perceptual, index_N)
     # An image is D = c_skip y + c_out x with c_skip = 0 and c_out = 1.
-    return ops.consistency_loss(x_NCHW, y_NCHW.detach(), 0 * one_N, one_N, y_NCHW, weight_N, distance=distance, c=c)
+    zero_N, one_N = torch.zeros_like(weight_N), torch.ones_like(weight_N)
+    return ops.consistency_loss(x_NCHW, y_NCHW, zero_N, one_N, y_NCHW, weight_N, distance=distance, c=c)

@@ -9,7 +9,7 @@ import torch
 
 from fastcm.config import BundleNetworkConfig, Config, CTMObjectiveConfig, FeaturesConfig, PhaseConfig
 from fastcm.data.dataset import ResidentDataset
-from fastcm.errors import CheckpointError, ConfigError
+from fastcm.errors import CheckpointError, ConfigError, DataError
 from fastcm.io.bundle import BundleHeader, model_from_header, read_header, resolve_bundle
 from fastcm.nn.features import check_feature_network
 from fastcm.objectives import ProgressiveDistillation
@@ -27,8 +27,8 @@ CIFAR10 = (3, 32, 32), 10  # (C, H, W), number of classes
 def check_config(config: Config) -> None:
     """What a dry run can tell of a run: what is wrong with its configuration, and with the files that are there.
 
-    Images are not read, and they and bundles may come later. Raises what ``check_phases`` raises, DataError for a data set
-    that is there and cannot be opened.
+    Images are not read, and they and bundles may come later. Raises what ``check_phases`` raises, and DataError for images
+    that cannot be the configured ones, as ``open_images`` does.
     """
     check_objectives(config)
     for name, settings in config.phases.items():
@@ -50,6 +50,8 @@ def _expected_images(config: Config) -> ResidentDataset | None:
     """A data set without images of the shape that the configured one has; None where that cannot be known yet."""
     if config.data.kind == "cifar10":  # as they are wherever they lie, and its archive would have to be read
         (channels, height, width), label_dim = CIFAR10
+        if config.data.resolution not in (0, height):
+            raise DataError(f"CIFAR-10: images are {height}x{width}, but data.resolution is {config.data.resolution}")
     elif config.data.path and not Path(config.data.path).exists():
         return None
     else:

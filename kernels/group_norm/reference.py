@@ -35,7 +35,10 @@ def group_norm(
     Everything is computed in fp32 (fp64 for fp64 input) and rounded once at the end; the result has the dtype and
     memory format of x. Dropout needs a key and ``dropout`` > 0: element e = (h W + w) C + c of a sample is kept when
     bits(key)[n, e] >= round(dropout 2^32), and kept values are divided by 1 - dropout.
+    Raises ValueError for images without a pixel.
     """
+    if not x_NCHW.shape[2] * x_NCHW.shape[3]:
+        raise ValueError(f"x_NCHW has shape {tuple(x_NCHW.shape)}, expected images that have a pixel")
     dtype = torch.promote_types(x_NCHW.dtype, torch.float32)
     gain, offset = weight_C.to(dtype), bias_C.to(dtype)  # [C], or [N, C] where samples differ
     if scale_NC is not None:
@@ -46,7 +49,7 @@ def group_norm(
     if addend_NC is not None:
         addend_NC = addend_NC.to(dtype)
     format = memory_format(x_NCHW)
-    # PyTorch's NCHW kernel for the CPU is better than passes in PyTorch, its channels_last kernel is slow and imprecise.
+    # PyTorch's NCHW kernel for the CPU is quicker than passes in PyTorch and precise; its channels_last kernel is not precise.
     suits_passes = x_NCHW.device.type == "cpu" and format == torch.channels_last
     norm = two_pass_norm if suits_passes else _native_norm
     y = norm(x_NCHW.to(dtype), num_groups, gain, offset, eps, addend_NC)

@@ -1,7 +1,7 @@
-"""Group normalisation of channels_last images in few passes over memory, for the CPU.
+"""Group normalisation of channels_last images in plain passes over memory, for the CPU.
 
-PyTorch's channels_last CPU kernel takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean is large,
-and costs three times as much as the passes below: one for the mean, one for E[(x - mean)^2], one for the result.
+PyTorch's channels_last CPU kernel is as quick, but takes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
+is large. Here a pass gives the mean, further ones x - mean, its square, and the result.
 Shapes: N samples, C channels, H x W pixels. Images are seen as [H, W, N, C], against which [N, C] broadcasts.
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 class Normalised(NamedTuple):
     """The normalised image y = centred slope + offset, and what its gradient needs; groups' values repeated for channels.
 
-    centred: x + addend - mean of the group; rest: its sum over the pixels of each channel; mean: of x + addend;
+    centred: x + addend - mean of the group; sum: of x + addend over the pixels of each channel; mean: of x + addend;
     rstd: 1 / standard deviation; slope: rstd gain.
     """
 
     y_HWNC: Float[Tensor, "H W N C"]
     centred_HWNC: Float[Tensor, "H W N C"]
-    rest_NC: Float[Tensor, "N C"]
+    sum_NC: Float[Tensor, "N C"]
     mean_NC: Float[Tensor, "N C"]
     rstd_NC: Float[Tensor, "N C"]
     slope_NC: Float[Tensor, "N C"]
@@ -37,10 +37,14 @@ def two_pass_norm(
     addend_NC: Float[Tensor, "N C"] | None,
 ) -> Float[Tensor, "N C H W"]:
     """y = (x + addend - mean) / sqrt(var + eps) gain + offset; gain and offset are [C], or [N, C] where samples differ."""
-    # A compiler differentiates and fuses the plain passes itself.
-    if torch.is_grad_enabled() and x_NCHW.requires_grad and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and x_NCHW.requires_grad and not _differentiated_elsewhere():
         return _TwoPassNorm.apply(x_NCHW, addend_NC, gain, offset, num_groups, eps)
     return swapped(two_pass_forward(swapped(x_NCHW), addend_NC, gain, offset, num_groups, eps).y_HWNC)
+
+
+def _differentiated_elsewhere() -> bool:
+    """Whether a compiler, which fuses the plain passes as well, or torch.func takes their derivative."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def two_pass_forward(
@@ -114,11 +118,17 @@ def swapped(image: Float[Tensor, "A B C D"]) -> Float[Tensor, "C D A B"]:
 
 def group_mean(value_NC: Float[Tensor, "N C"], num_groups: int, divisor: int = 1) -> Float[Tensor, "N C"]:
     """The mean over the channels of each group, divided by a number and repeated for each of them: [N, C]."""
-    if torch.compiler.is_compiling() or type(value_NC) is not Tensor:  # what is traced leaves nothing behind
-        grouped = value_NC.unflatten(1, (num_groups, -1))
-        return (grouped.mean(2, keepdim=True) / divisor).expand_as(grouped).flatten(1)
-    average_CC = _averaging_matrix(value_NC.shape[1], num_groups, value_NC.dtype, value_NC.device)
-    return torch.addmm(value_NC, value_NC, average_CC, beta=0, alpha=1 / divisor)  # one call instead of five
+    if _suits_product(value_NC):
+        average_CC = _averaging_matrix(value_NC.shape[1], num_groups, value_NC.dtype, value_NC.device)
+        return torch.addmm(value_NC, value_NC, average_CC, beta=0, alpha=1 / divisor)  # one call instead of five
+    grouped = value_NC.unflatten(1, (num_groups, -1))
+    return (grouped.mean(2, keepdim=True) / divisor).expand_as(grouped).flatten(1)
+
+
+def _suits_product(value: Tensor) -> bool:
+    """Whether a product leaves nothing behind, as it would in what is traced, and no rounding, as in autocast or in TF32."""
+    is_traced = torch.compiler.is_compiling() or type(value) is not Tensor
+    return not is_traced and value.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 @lru_cache

@@ -248,6 +248,29 @@ def test_a_row_unlike_all_others_costs_few_bits(row, size):
     assert (found - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
+def test_autocast_leaves_the_statistics_of_the_reference_in_fp32():
+    x, one = image("x", 2, 8, 9, 8, dtype=torch.float32) + 5, torch.ones(8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = group_norm_reference(x, 2, one, one, 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(group_norm_reference(x, 2, one, one, 1e-6), expected)
+
+
+def test_torch_func_differentiates_the_reference():
+    x, one = image("x", 2, 8, 9, 8), torch.ones(8, dtype=torch.float64)
+
+    def loss(x):
+        return group_norm_reference(x, 2, one, one, 1e-6, silu=True).square().sum()
+
+    leaf = x.detach().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+def test_images_without_a_pixel_are_an_error_of_the_reference_too():
+    with pytest.raises(ValueError, match="expected images that have a pixel"):
+        group_norm_reference(torch.ones(2, 8, 4, 0), 2, torch.ones(8), torch.ones(8), 1e-6)
+
+
 @pytest.mark.parametrize("value", [21623214.0, 1e9])
 def test_a_constant_image_has_no_variance_below_zero(value):
     x = torch.full((1, 10, 5, 5), value).contiguous(memory_format=torch.channels_last)
