@@ -22,6 +22,13 @@ def _one_thread_per_worker():
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    """What other tests of the process have compiled would count towards the limit on recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -76,7 +76,6 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(monkeypatch, labels):
             return result, lambda: None
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counter, **options))
-    torch._dynamo.reset()  # other tests have compiled the same functions
     fast = AcceleratedModel(model_of(), compiled=True, recorder=Watched())
     for seed in range(5):
         sample(fast, 4, steps=1, seed=seed, labels=labels)

@@ -27,7 +27,6 @@ def adversary_of(compiled, **options):
 
 @pytest.mark.parametrize("options", [{}, {"conditional": True, "norm": "batch", "different_augment": True}])
 def test_the_compiled_losses_are_the_plain_ones_in_one_graph_each(monkeypatch, options):
-    torch._dynamo.reset()
     compile_, wrapped = torch.compile, []
 
     def aot_eager(function, **given):

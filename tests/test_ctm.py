@@ -110,7 +110,6 @@ def test_microbatches_only_change_rounding(dsm):
 def test_compiled_pieces_have_no_graph_breaks_and_serve_every_number_of_solver_steps(monkeypatch):
     objective = CTM(distance="pseudo_huber", c=0.1, max_solver_steps=3, num_levels=8)
     networks, batch = networks_of(objective), tiny_batch(2)
-    torch._dynamo.reset()  # other tests have compiled the same functions for other objectives
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="aot_eager", **options))
     compiled = CTMStep(networks, objective, 3, 0, compiled=True)

@@ -119,7 +119,6 @@ def test_the_cut_changes_the_weights_and_nothing_else():
 def test_compiled_pieces_are_the_plain_ones_at_the_block(monkeypatch):
     objective = CTM(distance="squared", max_solver_steps=2, num_levels=8, adaptive_layer="block")
     networks, batch = networks_of(objective), tiny_batch(2)
-    torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="aot_eager", **options))
     found = []

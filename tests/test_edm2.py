@@ -238,7 +238,6 @@ def test_forward_and_backward_compile_without_graph_breaks():
         return (out.square().sum() + net.log_variance(c_noise).sum())[None]
 
     (expected_grad,) = torch.autograd.grad(loss(net), net.emb_noise.weight)
-    torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(net)
     torch.testing.assert_close(compiled, loss(net))
     (grad,) = torch.autograd.grad(compiled, net.emb_noise.weight)
@@ -249,7 +248,6 @@ def test_forward_and_backward_compile_without_graph_breaks():
 def test_inductor_gives_the_eager_network():
     net, (x, c_noise) = with_gains(tiny(label_dim=10)).cuda(), (value.cuda() for value in inputs())
     labels = torch.eye(10, device="cuda")[:3]
-    torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True)(x, c_noise, labels=labels)
     torch.testing.assert_close(compiled, net(x, c_noise, labels=labels), rtol=1e-3, atol=1e-3)
 

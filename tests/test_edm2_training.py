@@ -86,7 +86,6 @@ def assert_same_parameters(one, two):
 def test_constraining_compiles_without_graph_breaks():
     one, two = tiny(), tiny()
     one.constrain_weights(ONE)
-    torch._dynamo.reset()
     constrain = torch.compile(two.constrain_weights, fullgraph=True, backend="aot_eager")
     constrain(ZERO)
     assert torch.equal(two.emb_noise.weight, tiny().emb_noise.weight)

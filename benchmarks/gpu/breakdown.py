@@ -20,7 +20,7 @@ RULES: tuple[tuple[str, str], ...] = (
     # kernels/: the name of the function. Loss and optimizer share the name of a kernel of one program.
     (r"(forward|backward|reduce|jvp)_kernel", NORM),
     (r"(rows|online|image_backward|rows_query|rows_key|query_blocks|key_blocks|rows_jvp|online_jvp)_kernel", ATTENTION),
-    (r"(gradient|loss|add_noise)_kernel", LOSS),
+    (r"(gradient|loss|loss_jvp|add_noise)_kernel", LOSS),
     (r"(norm|finish|update)_kernel", OPTIMIZER),
     # Inductor: triton_<kind>_fused_<operators>; it splits a group norm into these.
     (r"triton_.*(group_norm|var_mean).*", NORM),

@@ -43,7 +43,7 @@ def store_dual(
 # One line per tensor.
 # fmt: off
 @triton.jit
-def jvp_kernel(
+def loss_jvp_kernel(
     F_t_ptr, F_t_stride_n, F_t_ROW: tl.constexpr, F_t_COLUMN: tl.constexpr,
     x_t_ptr, x_t_stride_n, x_t_ROW: tl.constexpr, x_t_COLUMN: tl.constexpr,
     c_skip_t_ptr, c_out_t_ptr,
@@ -135,7 +135,7 @@ def jvp_launches(
     partial_2NS = torch.empty(2, num, split.splits, device=loss_N.device) if split.splits > 1 else None
     weights = {"weight_ptr": weight_N, "tweight_ptr": tangents.weight_N}
     outputs = weights | {"loss_ptr": loss_N, "tangent_ptr": tangent_N, "partial_ptr": partial_2NS}
-    main = split.launch(jvp_kernel, num, arguments | moved | outputs)
+    main = split.launch(loss_jvp_kernel, num, arguments | moved | outputs)
     if partial_2NS is None:
         return [main]
     constants = {name: arguments[name] for name in ("SQUARED", "C", "C_SQUARED")}
