@@ -63,12 +63,12 @@ def test_group_norm_is_its_definition(dtype, tolerance, channels, groups, size):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_group_norm_keeps_precision_when_the_mean_is_large():
-    x = (image(2, 8, 16, 16) + 500).float()
+@pytest.mark.parametrize(("mean", "tolerance"), [(50, 1e-5), (500, 500 * 2**-23)])  # the latter: a unit in x's last place
+def test_group_norm_keeps_precision_when_the_mean_is_large(mean, tolerance):
+    x = (image(2, 8, 16, 16) + mean).float()
     one, zero = torch.ones(8), torch.zeros(8)
     expected = ops.group_norm(x.double(), 2, one, zero, 1e-6)
-    # As much as a change of x by one unit in its last place.
-    torch.testing.assert_close(ops.group_norm(x, 2, one, zero, 1e-6).double(), expected, rtol=0, atol=500 * 2**-23)
+    torch.testing.assert_close(ops.group_norm(x, 2, one, zero, 1e-6).double(), expected, rtol=0, atol=tolerance)
 
 
 def test_group_norm_of_bfloat16_rounds_once_at_the_end():

@@ -37,8 +37,8 @@ class LossMeter:
         norm_and_step = torch.stack((grad_norm, finite)).double()
         sums = torch.cat((member_BN @ loss_N.double(), member_BN.sum(1), norm_and_step))
         keep = (finite > 0) & sums.isfinite().all()
-        self.totals[:-1] += torch.where(keep, sums, 0.0)
-        self.totals[-1] += 1
+        self.totals[:-1].add_(torch.where(keep, sums, 0.0))  # += would copy the sums onto themselves as well
+        self.totals[-1].add_(1)
 
     def read(self) -> dict[str, Any]:
         """Means since the last call, then start again; this is the one place that waits for the device."""
