@@ -9,6 +9,7 @@ import torch
 
 from fastcm.config import BundleNetworkConfig, Config, CTMObjectiveConfig, FeaturesConfig, PhaseConfig
 from fastcm.data.dataset import ResidentDataset
+from fastcm.data.sources import cifar10
 from fastcm.errors import CheckpointError, ConfigError, DataError
 from fastcm.io.bundle import BundleHeader, model_from_header, read_header, resolve_bundle
 from fastcm.nn.features import check_feature_network
@@ -21,7 +22,6 @@ from fastcm.train.phase import phase_header
 log = logging.getLogger("fastcm")
 
 CPU = torch.device("cpu")
-CIFAR10 = (3, 32, 32), 10  # (C, H, W), number of classes
 
 
 def check_config(config: Config) -> None:
@@ -49,7 +49,7 @@ def _comes_later(source: str) -> bool:
 def _expected_images(config: Config) -> ResidentDataset | None:
     """A data set without images of the shape that the configured one has; None where that cannot be known yet."""
     if config.data.kind == "cifar10":  # as they are wherever they lie, and its archive would have to be read
-        (channels, height, width), label_dim = CIFAR10
+        (channels, height, width), label_dim = cifar10.IMAGE_SHAPE, cifar10.NUM_CLASSES
         if config.data.resolution not in (0, height):
             raise DataError(f"CIFAR-10: images are {height}x{width}, but data.resolution is {config.data.resolution}")
     elif config.data.path and not Path(config.data.path).exists():

@@ -3,6 +3,7 @@
 import tarfile
 import zlib
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ ARCHIVES = {
 FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")
 BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 IMAGES_PER_BATCH = 10_000
-PIXELS = 3 * 32 * 32
+IMAGE_SHAPE = (3, 32, 32)  # (C, H, W)
+PIXELS = prod(IMAGE_SHAPE)
 NUM_CLASSES = 10
 MAX_BATCH_BYTES = 2**26
 
@@ -56,8 +58,8 @@ def _locate(path: Path) -> Path | None:
 
 
 def _check_size(source: ArraySource) -> ArraySource:
-    if source.image_shape != (3, 32, 32):
-        raise DataError(f"{source.name}: images are (C, H, W) = {source.image_shape}, expected (3, 32, 32) for CIFAR-10")
+    if source.image_shape != IMAGE_SHAPE:
+        raise DataError(f"{source.name}: images are (C, H, W) = {source.image_shape}, expected {IMAGE_SHAPE} for CIFAR-10")
     return source
 
 
@@ -75,7 +77,7 @@ def _read_batches(path: Path, files: Iterator[tuple[str, bytes]]) -> tuple[np.nd
         )
     pixels = np.concatenate([_check_batch(path, name, *batches[name]) for name in BATCHES])
     labels, _ = check_labels(str(path), np.concatenate([batches[name][1] for name in BATCHES]), len(pixels), NUM_CLASSES)
-    return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
+    return np.ascontiguousarray(pixels.reshape(-1, *IMAGE_SHAPE).transpose(0, 2, 3, 1)), labels
 
 
 def _check_batch(path: Path, name: str, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
